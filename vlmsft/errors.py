@@ -1,0 +1,44 @@
+"""What a user did wrong, said so that it can be put right: all problems at once, exit code 2, no traceback."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing to put right.
+
+    where: the config key ("optim.max_lr"), the file and line ("train.jsonl:12") or the path that is wrong
+    found: what stands there
+    expected: what should
+    remedy: what to do, if `expected` doesn't say it already
+    """
+
+    where: str
+    found: str
+    expected: str
+    remedy: str = ""
+
+    def __str__(self) -> str:
+        text = f"{self.where}: found {self.found}, expected {self.expected}"
+        return f"{text}. {self.remedy}" if self.remedy else text
+
+
+class UserError(Exception):
+    """Raised with every problem found; commands print it and exit with 2."""
+
+    def __init__(self, problems: Problem | Iterable[Problem]):
+        self.problems = [problems] if isinstance(problems, Problem) else list(problems)
+        super().__init__("\n".join(str(problem) for problem in self.problems))
+
+    def __reduce__(self):
+        return (UserError, (self.problems,))  # so that it survives a DataLoader worker
+
+
+def nearest(name: str, choices: Iterable[str]) -> str:
+    """'did you mean x?' for the choice closest to `name`, or ''."""
+    match = difflib.get_close_matches(name, list(choices), n=1, cutoff=0.6)
+    return f"Did you mean {match[0]!r}?" if match else ""
