@@ -1,0 +1,107 @@
+"""Megatron on a machine without a GPU.
+
+NeMo 2.0 and Megatron-Core name CUDA in a few dozen places: `device="cuda"`, `torch.cuda.current_device()`, side streams,
+`tensor.type() == "torch.cuda.FloatTensor"`. `activate()` answers all of them with the CPU, so that the same trainer,
+DDP, optimizer and checkpoints that run on a GPU run here too, in fp32 and over gloo. `strategy=cpu` is the only thing
+that imports this module; a process that has activated it can't go back, and must not use a GPU.
+
+The price: every torch call passes through a Python hook (about 10 % of a step of the tiny model, more on larger ones).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+from nemo import lightning as nl
+from torch.overrides import TorchFunctionMode
+
+CPU = torch.device("cpu")
+
+
+def _is_cuda(device: Any) -> bool:
+    return (isinstance(device, str) and device.startswith("cuda")) or (
+        isinstance(device, torch.device) and device.type == "cuda"
+    )
+
+
+class _CudaMeansCpu(TorchFunctionMode):
+    """Rewrites CUDA devices in calls, and names fp32 CPU tensors as Megatron's optimizer expects them."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is torch.Tensor.cuda:
+            return args[0]
+        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
+            return func(args[0]).replace("torch.", "torch.cuda.")
+        if kwargs:
+            if _is_cuda(kwargs.get("device")):
+                kwargs = {**kwargs, "device": CPU}
+            if kwargs.get("pin_memory"):
+                kwargs = {**kwargs, "pin_memory": False}
+        if func is torch.Tensor.to and len(args) > 1 and _is_cuda(args[1]):
+            args = (args[0], CPU, *args[2:])
+        return func(*args, **kwargs)
+
+
+class _NoStream:
+    """Stands for a CUDA stream where there is only one order of execution."""
+
+    def __init__(self, *args, **kwargs):
+        pass
+
+    def wait_stream(self, stream) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        pass
+
+
+def _patch_torch_cuda() -> None:
+    torch.cuda.current_device = lambda: CPU
+    torch.cuda.synchronize = lambda *args, **kwargs: None
+    torch.cuda.empty_cache = lambda: None
+    torch.cuda.Stream = _NoStream
+    torch.cuda.stream = lambda stream: contextlib.nullcontext()
+    torch.cuda.default_stream = torch.cuda.current_stream = lambda *args, **kwargs: _NoStream()
+    # One generator serves both: Megatron's tracker swaps its state in and out, as it does the GPU's.
+    torch.cuda.get_rng_state = lambda *args, **kwargs: torch.get_rng_state()
+    torch.cuda.set_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+    torch.cuda.manual_seed = lambda seed: torch.manual_seed(seed)
+
+
+def _patch_megatron() -> None:
+    from megatron.core.tensor_parallel import random as megatron_random
+    from nemo.lightning.io import pl as nemo_io
+
+    megatron_random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
+    megatron_random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+    # asserts that CUDA is initialised, then moves tensors between GPUs
+    nemo_io._fix_tensors_device = lambda checkpoint: checkpoint
+
+
+_active: _CudaMeansCpu | None = None
+
+
+def activate() -> None:
+    """Answer "cuda" with the CPU for the rest of this process. Safe to call twice."""
+    global _active
+    if _active is not None:
+        return
+    _patch_torch_cuda()
+    _patch_megatron()
+    _active = _CudaMeansCpu()
+    _active.__enter__()
+
+
+class CpuMegatronStrategy(nl.MegatronStrategy):
+    """NeMo's MegatronStrategy over gloo on CPUs; takes the same arguments.
+
+    NeMo's ProgressPrinter (replace_progress_bar) stays off whatever is asked: on rank 0 only it reads Megatron's timers,
+    which is a collective; NCCL ignores the empty one, gloo pairs it with the next rank's and hangs at the first checkpoint.
+    """
+
+    def __init__(self, *args, replace_progress_bar: bool = False, **kwargs):
+        activate()
+        super().__init__(*args, replace_progress_bar=False, **kwargs)
