@@ -1,0 +1,31 @@
+"""`vlmsft COMMAND ...` is `python -m vlmsft.COMMAND ...`."""
+
+import runpy
+import sys
+
+from vlmsft.errors import nearest
+
+COMMANDS = {
+    "train": "fine-tune a model",
+    "plan": "show what train would run, without starting it",
+}
+
+
+def _usage() -> str:
+    lines = "\n".join(f"  {name:8} {purpose}" for name, purpose in COMMANDS.items())
+    return f"usage: vlmsft COMMAND [key=value ...]\n\n{lines}\n\nvlmsft COMMAND --help shows its keys."
+
+
+def main() -> None:
+    if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
+        print(_usage())
+        sys.exit(0 if len(sys.argv) > 1 else 2)
+    command = sys.argv.pop(1)
+    if command not in COMMANDS:
+        print(f"vlmsft has no command {command!r}. {nearest(command, COMMANDS)}\n\n{_usage()}", file=sys.stderr)
+        sys.exit(2)
+    runpy.run_module(f"vlmsft.{command}", run_name="__main__", alter_sys=True)
+
+
+if __name__ == "__main__":
+    main()
