@@ -1,5 +1,6 @@
 # make demo and make test work as the very first command in a fresh clone.
-PYTHON ?= $(firstword $(foreach p,python3.11 python3.12 python3.10 python3,$(if $(shell command -v $(p) 2>/dev/null),$(p))))
+SUPPORTED := import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 13))
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.10 python3; do $$p -c '$(SUPPORTED)' 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
 
 .PHONY: setup demo test test-nemo check lock
@@ -7,8 +8,7 @@ BIN := .venv/bin
 setup: .venv/complete
 
 .venv/complete: requirements.lock pyproject.toml
-	@test -n "$(PYTHON)" || { echo "no python3 on PATH: install Python 3.11, or name one: make PYTHON=/path/to/python3.11" >&2; exit 2; }
-	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit((3, 10) <= v < (3, 13) and "" or f"{sys.executable} is Python {v.major}.{v.minor}: vlmsft needs 3.10 to 3.12. Name one: make PYTHON=/path/to/python3.11")'
+	@$(or $(PYTHON),false) -c '$(SUPPORTED)' || { echo 'vlmsft needs Python 3.10 to 3.12 (found: $(or $(PYTHON),none)). Name one: make $(MAKECMDGOALS) PYTHON=/path/to/python3.11' >&2; exit 2; }
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --require-hashes --requirement requirements.lock
