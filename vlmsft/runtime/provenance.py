@@ -1,0 +1,448 @@
+"""What a run folder says about where its numbers come from: config, code, packages, machine and data.
+
+    runs/<name>/<id>/config.yaml      the resolved config
+                     overrides.yaml   what the command line changed
+                     provenance.json  code version, packages, machine, command, data fingerprint
+                     diff.patch       changes that were not committed, new files included (`git apply` takes it)
+                     resume-1/        the same four for the first later start in this folder, and so on
+
+Nothing here imports torch or NeMo, so a launcher can call it. Only one process (global rank 0) may.
+
+No secret reaches a file: see `Scrubber`. The environment is never written.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+PACKAGES = (
+    "vlmsft",
+    "torch",
+    "torchvision",
+    "nemo_toolkit",
+    "nemo_run",
+    "megatron-core",
+    "megatron-energon",
+    "transformer-engine",
+    "lightning",
+    "transformers",
+    "hydra-core",
+    "omegaconf",
+    "numpy",
+    "pillow",
+    "wandb",
+)
+CODE_SUFFIXES = {".py", ".pyi", ".yaml", ".yml", ".toml", ".sh", ".cfg", ".ini", ".md", ".js", ".css", ".html"}
+MAX_UNTRACKED_FILE_BYTES = 256 * 1024
+MAX_DIFF_BYTES = 4 * 1024 * 1024
+MASK = "<hidden>"
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """What `write_run_folder` wrote.
+
+    path: the folder of this start's files: the run folder itself, or its resume-N
+    resume_number: 0 for the first start, N for resume-N
+    config_changes: key -> (value of the first start, value now); None stands for a key that is not there
+    """
+
+    path: Path
+    resume_number: int
+    config_changes: dict[str, tuple[Any, Any]]
+
+
+def write_run_folder(
+    run_dir: str | os.PathLike[str],
+    config_yaml: str,
+    overrides: Sequence[str],
+    data_files: Sequence[str | os.PathLike[str]] = (),
+    image_folder: str | os.PathLike[str] | None = None,
+    command: Sequence[str] | None = None,
+    code_dir: str | os.PathLike[str] | None = None,
+) -> RunFolder:
+    """Write this start's files; a later start in the same folder adds resume-N and never touches an earlier file.
+
+    config_yaml: the resolved config as YAML text
+    overrides: the command line's overrides, `key=value` each
+    data_files: record files (JSON, JSONL) or folders (energon) to fingerprint; missing ones are named as such
+    image_folder: where the records' images lie; None where the data files hold their images themselves
+    command: the command line; sys.argv where None
+    code_dir: a folder of the code whose git state is kept; this package's folder where None
+    """
+    run_dir = Path(run_dir)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    scrubber = Scrubber.from_environment()
+    folder, number = _next_folder(run_dir)
+    config = scrubber.tree(yaml.safe_load(config_yaml))
+    changes = _changes_to_first(run_dir, config) if number else {}
+    code, patch = code_state(Path(code_dir) if code_dir else Path(__file__).resolve().parent)
+
+    _write(folder / "config.yaml", _dump_yaml(config))
+    _write(folder / "overrides.yaml", _dump_yaml([scrubber.override(override) for override in overrides]))
+    if patch:
+        _write(folder / "diff.patch", scrubber.text(patch))
+    provenance = {
+        "started": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "command": [scrubber.override(part) for part in (sys.argv if command is None else command)],
+        "working_directory": os.getcwd(),
+        "resume_number": number,
+        "config_changes": {key: {"first": old, "now": new} for key, (old, new) in changes.items()},
+        "code": code,
+        "packages": package_versions(),
+        "machine": machine(),
+        "data": data_fingerprint(data_files, image_folder),
+    }
+    # last, and by rename: a folder with a provenance.json is complete
+    _write(folder / "provenance.json", scrubber.text(json.dumps(provenance, indent=2, ensure_ascii=False)) + "\n")
+    return RunFolder(folder, number, changes)
+
+
+def _next_folder(run_dir: Path) -> tuple[Path, int]:
+    if not (run_dir / "provenance.json").exists():
+        return run_dir, 0
+    number = 1
+    while True:
+        folder = run_dir / f"resume-{number}"
+        try:
+            folder.mkdir()
+            return folder, number
+        except FileExistsError:
+            number += 1
+
+
+def _changes_to_first(run_dir: Path, config: Any) -> dict[str, tuple[Any, Any]]:
+    first = flatten(yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8")))
+    now = flatten(config)
+    keys = [*first, *(key for key in now if key not in first)]
+    return {key: (first.get(key), now.get(key)) for key in keys if first.get(key) != now.get(key)}
+
+
+def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """{"a.b": leaf} of nested mappings; a list is compared as one value, since its indices say little."""
+    if not isinstance(tree, Mapping) or not tree:
+        return {prefix: tree} if prefix else {}
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat.update(flatten(value, f"{prefix}.{key}" if prefix else str(key)))
+    return flat
+
+
+def _dump_yaml(value: Any) -> str:
+    return yaml.safe_dump(value, sort_keys=False, allow_unicode=True, width=120)
+
+
+def _write(path: Path, text: str) -> None:
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
+# ---------------------------------------------------------------------------------------------------------- secrets
+
+
+class Scrubber:
+    """Hides secrets by three signs: the key's name, the value's format, and the value of a secret environment variable.
+
+    A value that came in through `${oc.env:...}` stands in clear in a resolved config, hence the third.
+    """
+
+    _KEY = re.compile(r"(?i)(api_?key|access_?key|private_?key|secret|passw(or)?d|credentials?|(^|_|\.)token|bearer)$")
+    # a tokenizer's special tokens are no secrets
+    _TOKENIZER_KEY = re.compile(r"(?i)(pad|bos|eos|unk|sep|cls|mask|image|video|audio|special|stop|start|end)_token$")
+    _ENVIRONMENT_NAME = re.compile(r"(?i)(key|token|secret|passw(or)?d|credential)")
+    _FORMAT = re.compile(
+        r"hf_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9_-]{20,}|gh[pousr]_[A-Za-z0-9]{20,}|github_pat_\w{20,}|glpat-[\w-]{20,}"
+        r"|nvapi-[\w-]{20,}|AKIA[A-Z0-9]{16}|wandb_v1_\w{20,}|(?<![A-Za-z0-9])local-[0-9a-f]{40}"
+        r"|eyJ[\w-]{10,}\.[\w-]{10,}\.[\w-]*"
+    )
+    _URL_LOGIN = re.compile(r"(?<=://)[^/\s:@]+:[^/\s@]+(?=@)")
+
+    def __init__(self, secret_values: Iterable[str] = ()):
+        # short values ("1", "true") would blank innocent text
+        self._values = sorted({value for value in secret_values if len(value) >= 8}, key=len, reverse=True)
+
+    @classmethod
+    def from_environment(cls) -> Scrubber:
+        return cls(
+            value
+            for name, value in os.environ.items()
+            if cls._ENVIRONMENT_NAME.search(name) and not os.path.exists(value)
+        )
+
+    @classmethod
+    def is_secret_key(cls, key: str) -> bool:
+        """Whether the last part of a dotted key names a secret."""
+        last = key.rsplit(".", 1)[-1]
+        return bool(cls._KEY.search(last)) and not cls._TOKENIZER_KEY.search(last)
+
+    def text(self, text: str) -> str:
+        """The text without the secrets that a value shows by itself."""
+        for value in self._values:
+            text = text.replace(value, MASK)
+        return self._URL_LOGIN.sub(MASK, self._FORMAT.sub(MASK, text))
+
+    def tree(self, node: Any, key: str = "") -> Any:
+        """A copy of nested mappings and lists without secrets."""
+        if isinstance(node, Mapping):
+            return {name: self.tree(value, str(name)) for name, value in node.items()}
+        if isinstance(node, list):
+            return [self.tree(value, key) for value in node]
+        if isinstance(node, str):
+            return MASK if node and self.is_secret_key(key) else self.text(node)
+        return node
+
+    def override(self, override: str) -> str:
+        """`key=value` without a secret value; other words as they are."""
+        key, equals, value = override.partition("=")
+        if equals and value and self.is_secret_key(key.lstrip("+~-")):
+            return f"{key}={MASK}"
+        return self.text(override)
+
+
+# ------------------------------------------------------------------------------------------------------------- code
+
+
+def code_state(code_dir: Path) -> tuple[dict[str, Any], str]:
+    """Git commit of the repository that tracks `code_dir`, and its uncommitted changes as a patch ("" if none).
+
+    Outside git, or where git doesn't track the code (a wheel in some project's venv), the commit is that of a
+    `pip install git+https://...` if it was one, else "unknown" with the reason.
+    """
+    try:
+        top = Path(_git(code_dir, "rev-parse", "--show-toplevel").strip())
+        if not _git(code_dir, "ls-files", "--", ".").strip():
+            return _installed_code_state(f"git does not track {code_dir.name}"), ""
+        commit = _git(top, "rev-parse", "HEAD").strip()
+        status = _git(top, "status", "--porcelain", "--untracked-files=all", "-z")
+        untracked = [entry[3:] for entry in status.split("\0") if entry.startswith("?? ")]
+        kept, left_out = _choose_untracked(top, untracked)
+        patch, cut_at = _bounded(_diff(top, kept))
+    except (OSError, subprocess.SubprocessError) as error:
+        return _installed_code_state(_reason(error)), ""
+    state: dict[str, Any] = {"commit": commit, "dirty": bool(status.strip("\0"))}
+    if left_out:
+        state["untracked_not_in_patch"] = left_out
+    if cut_at:
+        state["patch_cut"] = f"diff.patch holds the first {MAX_DIFF_BYTES} of {cut_at} bytes"
+    return state, patch
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, FileNotFoundError):
+        return "git is not installed"
+    if isinstance(error, subprocess.CalledProcessError):
+        return (error.stderr or str(error)).strip().splitlines()[0]
+    return str(error)
+
+
+def _git(directory: Path, *arguments: str, environment: Mapping[str, str] | None = None) -> str:
+    return subprocess.run(
+        ["git", "-C", str(directory), *arguments],
+        check=True,
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        errors="replace",
+        timeout=60,
+        env={**os.environ, "GIT_OPTIONAL_LOCKS": "0", **(environment or {})},
+    ).stdout
+
+
+def _installed_code_state(reason: str) -> dict[str, Any]:
+    state: dict[str, Any] = {"commit": "unknown", "dirty": "unknown", "reason": reason}
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError, json.JSONDecodeError):
+        # PEP 610: how pip got the package
+        origin = json.loads(importlib.metadata.distribution("vlmsft").read_text("direct_url.json") or "{}")
+        if "vcs_info" in origin:
+            state["commit"] = origin["vcs_info"]["commit_id"]
+            state["dirty"] = False
+    return state
+
+
+def _choose_untracked(top: Path, names: Sequence[str]) -> tuple[list[str], list[str]]:
+    """New files that are code and small; the others are named with the reason."""
+    kept, left_out = [], []
+    for name in names:
+        path = top / name
+        if re.search(r"(?i)(^|/)\.env|secret|credential|\.pem$|\.key$|netrc", name):
+            left_out.append(f"{name} (may hold a secret)")
+        elif path.suffix not in CODE_SUFFIXES:
+            left_out.append(f"{name} (not code)")
+        elif path.is_symlink() or not path.is_file():
+            left_out.append(f"{name} (not a plain file)")
+        elif path.stat().st_size > MAX_UNTRACKED_FILE_BYTES:
+            left_out.append(f"{name} ({path.stat().st_size} bytes)")
+        else:
+            kept.append(name)
+    if len(left_out) > 50:
+        left_out = [*left_out[:50], f"and {len(left_out) - 50} more"]
+    return kept, left_out
+
+
+def _diff(top: Path, untracked: Sequence[str]) -> str:
+    """`git diff HEAD` with the untracked files as new ones, through a copy of the index: the user's stays as it is."""
+    with tempfile.TemporaryDirectory() as scratch:
+        index = Path(scratch) / "index"
+        with contextlib.suppress(FileNotFoundError):
+            shutil.copy(Path(_git(top, "rev-parse", "--absolute-git-dir").strip()) / "index", index)
+        environment = {"GIT_INDEX_FILE": str(index)}
+        for start in range(0, len(untracked), 100):
+            names = [f":(literal){name}" for name in untracked[start : start + 100]]
+            _git(top, "add", "--intent-to-add", "--", *names, environment=environment)
+        return _git(top, "diff", "HEAD", "--no-ext-diff", "--no-color", environment=environment)
+
+
+def _bounded(patch: str) -> tuple[str, int]:
+    """The patch, or its beginning and its full size in bytes where it is too large."""
+    data = patch.encode("utf-8")
+    if len(data) <= MAX_DIFF_BYTES:
+        return patch, 0
+    start = data[:MAX_DIFF_BYTES].decode("utf-8", errors="ignore")
+    return f"{start}\n# cut here: the whole patch has {len(data)} bytes\n", len(data)
+
+
+# --------------------------------------------------------------------------------------------------------- machine
+
+
+def package_versions() -> dict[str, str]:
+    versions = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = "not installed"
+    versions["cuda"] = _torch_cuda_version()
+    return versions
+
+
+def _torch_cuda_version() -> str:
+    """The CUDA version that torch was built for, read from its version.py: importing torch would take seconds."""
+    spec = importlib.util.find_spec("torch")
+    if spec is None or not spec.submodule_search_locations:
+        return "not installed"
+    version_file = Path(next(iter(spec.submodule_search_locations))) / "version.py"
+    match = re.search(r"^cuda(?:: [^=]+)? = (.+)$", version_file.read_text(encoding="utf-8"), re.MULTILINE)
+    return match.group(1).strip("'\"") if match else "unknown"
+
+
+def machine() -> dict[str, Any]:
+    return {"host": socket.gethostname(), "platform": platform.platform(), "cpus": os.cpu_count(), "gpus": _gpus()}
+
+
+def _gpus() -> list[str]:
+    if shutil.which("nvidia-smi") is None:
+        return []
+    query = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
+    try:
+        return subprocess.run(query, check=True, capture_output=True, text=True, timeout=60).stdout.splitlines()
+    except (OSError, subprocess.SubprocessError) as error:
+        return [f"unknown: {error}"]
+
+
+# ------------------------------------------------------------------------------------------------------------ data
+
+
+def data_fingerprint(
+    data_files: Sequence[str | os.PathLike[str]], image_folder: str | os.PathLike[str] | None
+) -> dict[str, Any]:
+    """Content hash of each record file, and a hash over names and sizes of the images that they name.
+
+    Images are not read: 118,000 of them would take minutes. The hash knows their relative names and sizes only, so it
+    is the same wherever the folder lies; an image replaced by one of the same size goes unnoticed.
+    """
+    fingerprint: dict[str, Any] = {"files": {os.fspath(path): file_fingerprint(path) for path in data_files}}
+    if image_folder is not None:
+        names = sorted({name for path in data_files if os.path.isfile(path) for name in image_names(path)})
+        fingerprint["images"] = {"folder": os.fspath(image_folder), **name_size_fingerprint(image_folder, names)}
+    return fingerprint
+
+
+def file_fingerprint(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """sha256, bytes and lines of a file; names and sizes for a folder."""
+    if os.path.isdir(path):
+        root = Path(path)
+        names = sorted(entry.relative_to(root).as_posix() for entry in root.rglob("*") if entry.is_file())
+        return name_size_fingerprint(root, names)
+    if not os.path.exists(path):
+        return {"missing": True}
+    digest, size, lines, last = hashlib.sha256(), 0, 0, b"\n"
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+            size += len(block)
+            lines += block.count(b"\n")
+            last = block[-1:]
+    return {"sha256": digest.hexdigest(), "bytes": size, "lines": lines + (last != b"\n")}
+
+
+def name_size_fingerprint(folder: str | os.PathLike[str], names: Sequence[str]) -> dict[str, Any]:
+    """Number of files, bytes, and sha256 over "name<TAB>size" lines in the names' order; size -1 for a missing file."""
+    root = os.fspath(folder)
+    with ThreadPoolExecutor(16) as pool:  # on a network file system, waiting for stat is all there is
+        sizes = list(pool.map(lambda name: _size(os.path.join(root, name)), names, chunksize=256))
+    digest = hashlib.sha256()
+    for name, size in zip(names, sizes, strict=True):
+        digest.update(f"{name}\t{size}\n".encode("utf-8", "surrogateescape"))
+    return {
+        "files": len(names),
+        "missing": sizes.count(-1),
+        "bytes": sum(size for size in sizes if size >= 0),
+        "sha256_of_names_and_sizes": digest.hexdigest(),
+    }
+
+
+def _size(path: str) -> int:
+    try:
+        return os.stat(path).st_size
+    except OSError:
+        return -1
+
+
+def image_names(path: str | os.PathLike[str]) -> Iterator[str]:
+    """The `image` entries (a string or a list of them) of a JSON or JSONL record file.
+
+    Records that can't be read are passed over here: naming them is the data module's task.
+    """
+    with open(path, encoding="utf-8", errors="replace") as file:
+        start = file.read(4096).lstrip("\ufeff \t\r\n")
+        file.seek(0)
+        records: Iterable[Any] = _json_list(file.read()) if start.startswith("[") else map(_json_or_none, file)
+        for record in records:
+            images = record.get("image") if isinstance(record, dict) else None
+            if isinstance(images, str):
+                yield images
+            elif isinstance(images, list):
+                yield from (name for name in images if isinstance(name, str))
+
+
+def _json_list(text: str) -> list[Any]:
+    records = _json_or_none(text.lstrip("\ufeff"))
+    return records if isinstance(records, list) else []
+
+
+def _json_or_none(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return None
