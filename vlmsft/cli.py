@@ -1,0 +1,251 @@
+"""The door of every command: Hydra composes, and what the user got wrong comes out as one message with exit code 2.
+
+    @command("train")
+    def main(cfg: DictConfig) -> None: ...
+
+Imports neither torch nor NeMo.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import hydra
+from hydra._internal.utils import get_args_parser
+from hydra.core.object_type import ObjectType
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import CompactHydraException, OverrideParseException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from vlmsft.config_files import register_resolvers, root
+from vlmsft.errors import Problem, UserError, nearest
+
+USER_ERROR_EXIT_CODE = 2
+
+
+def command(config_name: str) -> Callable[[Callable[[DictConfig], None]], Callable[[], None]]:
+    """hydra.main on conf/<config_name>.yaml, with the house's error messages.
+
+    UserError, raised while composing or by the command itself, is printed without a traceback and ends the process with
+    exit code 2. Any other exception is a bug and keeps its traceback.
+    """
+    register_resolvers()
+
+    def decorate(task: Callable[[DictConfig], None]) -> Callable[[], None]:
+        @functools.wraps(task)
+        def task_with_messages(cfg: DictConfig) -> None:
+            with _raw_hydra_errors(False), _messages():
+                task(cfg)
+
+        run = hydra.main(config_path=str(root() / "conf"), config_name=config_name, version_base="1.3")(
+            task_with_messages
+        )
+
+        @functools.wraps(task)
+        def main() -> None:
+            with _messages(), _raw_hydra_errors(True):
+                try:
+                    run()
+                except (CompactHydraException, OmegaConfBaseException) as error:
+                    raise UserError(explain(config_name, _overrides_on_command_line(), error)) from None
+
+        return main
+
+    return decorate
+
+
+@contextmanager
+def _messages() -> Iterator[None]:
+    try:
+        yield
+    except UserError as error:
+        print(format_problems(error.problems), file=sys.stderr)
+        sys.exit(USER_ERROR_EXIT_CODE)
+
+
+@contextmanager
+def _raw_hydra_errors(raw: bool) -> Iterator[None]:
+    """HYDRA_FULL_ERROR makes Hydra raise what it otherwise prints before it exits with 1.
+
+    Off again while the command's own code runs, so that its child processes don't inherit it.
+    """
+    before = os.environ.get("HYDRA_FULL_ERROR")
+    if raw:
+        os.environ["HYDRA_FULL_ERROR"] = "1"
+    else:
+        os.environ.pop("HYDRA_FULL_ERROR", None)
+    try:
+        yield
+    finally:
+        os.environ.pop("HYDRA_FULL_ERROR", None)
+        if before is not None:
+            os.environ["HYDRA_FULL_ERROR"] = before
+
+
+def format_problems(problems: list[Problem]) -> str:
+    """The message that a command ends with."""
+    count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
+    return "\n".join([f"{count} in the configuration; nothing was started:", *(f"  {problem}" for problem in problems)])
+
+
+def _overrides_on_command_line() -> list[str]:
+    return get_args_parser().parse_args().overrides
+
+
+# --- what is wrong with a composition ---------------------------------------------------------------------------------
+
+
+def explain(config_name: str, overrides: list[str], error: Exception) -> list[Problem]:
+    """All that is wrong with `overrides`, where Hydra stops at the first and names no neighbour.
+
+    error: what Hydra said; it is passed on when nothing better is found.
+    """
+    parsed, problems = _parse(overrides)
+    with hydra.initialize_config_dir(str(root() / "conf"), version_base="1.3"):
+        loader = hydra.core.global_hydra.GlobalHydra.instance().config_loader()
+        groups = [override for override in parsed if _is_group(loader, override)]
+        group_problems = [problem for override in groups for problem in _wrong_options(loader, override)]
+        problems += group_problems
+        usable = (
+            [] if group_problems else [override.input_line for override in groups if not override.is_sweep_override()]
+        )
+        try:
+            base = hydra.compose(config_name, usable)
+        except (CompactHydraException, OmegaConfBaseException) as broken:
+            return problems or [_as_hydra_said(broken)]
+        for override in parsed:
+            if override not in groups and not override.get_key_element().startswith("hydra."):
+                problems += _wrong_value(config_name, usable, base, loader, override)
+    return problems or [_as_hydra_said(error)]
+
+
+def _parse(overrides: list[str]) -> tuple[list[Override], list[Problem]]:
+    parser = OverridesParser.create()
+    parsed, problems = [], []
+    for text in overrides:
+        try:
+            parsed += parser.parse_overrides([text])
+        except OverrideParseException as error:
+            reason = str(error).split("\nSee https")[0].splitlines()[0]
+            problems.append(
+                Problem(
+                    where=text.split("=")[0],
+                    found=repr(text),
+                    expected="an override key=value",
+                    remedy=f"Hydra says: {reason}. Quote what holds , = : [ ] {{ }} or spaces: 'key=\"a, b\"'",
+                )
+            )
+    return parsed, problems
+
+
+def _is_group(loader, override: Override) -> bool:
+    return (
+        bool(loader.get_group_options(override.key_or_group, results_filter=None)) and "." not in override.key_or_group
+    )
+
+
+def _wrong_options(loader, override: Override) -> Iterator[Problem]:
+    group = override.key_or_group
+    options = loader.get_group_options(group, results_filter=ObjectType.CONFIG)
+    for choice in _choices(override):
+        if choice is not None and choice not in options:
+            yield Problem(
+                where=group,
+                found=repr(choice),
+                expected=f"one of {', '.join(options)}",
+                remedy=nearest(str(choice), options),
+            )
+
+
+def _choices(override: Override) -> list:
+    if override.is_delete():
+        return []
+    if override.is_sweep_override():
+        return list(override.sweep_iterator())
+    value = override.value()
+    return list(value) if isinstance(value, list) else [value]
+
+
+def _wrong_value(config_name: str, usable: list[str], base: DictConfig, loader, override: Override) -> list[Problem]:
+    key = override.key_or_group
+    if not override.is_add() and not override.is_force_add() and not key_exists(base, key):
+        return [_unknown_key(base, loader, override)]
+    if override.is_sweep_override():
+        return []
+    try:
+        hydra.compose(config_name, [*usable, override.input_line])
+    except (CompactHydraException, OmegaConfBaseException) as error:
+        return [_as_hydra_said(error, where=key)]
+    return []
+
+
+def key_exists(cfg: DictConfig, key: str) -> bool:
+    """Whether the dotted `key` stands in `cfg`, without resolving anything."""
+    node = cfg
+    for part in key.split("."):
+        if not isinstance(node, DictConfig) or node._is_none() or node._is_missing() or node._is_interpolation():
+            return isinstance(node, DictConfig) and node._is_interpolation() and _in_referent(node, part)
+        if part not in node.keys():
+            return False
+        node = node._get_node(part)
+    return True
+
+
+def _in_referent(node: DictConfig, part: str) -> bool:
+    referent = node._maybe_dereference_node()
+    return isinstance(referent, DictConfig) and part in referent.keys()
+
+
+def _unknown_key(base: DictConfig, loader, override: Override) -> Problem:
+    key = override.key_or_group
+    parent, _, name = key.rpartition(".")
+    node = OmegaConf.select(base, parent) if parent and key_exists(base, parent) else base if not parent else None
+    siblings = [str(child) for child in node] if isinstance(node, DictConfig) else []
+    shown = [child for child in siblings if not child.startswith("_") and child != "hydra"]
+    groups = [group for group in loader.get_group_options("", results_filter=ObjectType.GROUP)] if not parent else []
+    hint = _nearest_path(parent, name, shown + groups, base)
+    value = "" if override.is_delete() else f" (={override.get_value_element_as_str()})"
+    expected = f"a key of {parent}: {', '.join(shown)}" if shown and parent else "a key of the configuration"
+    remedy = hint or f"To pass an argument that the YAML doesn't show, write +{override.input_line}"
+    return Problem(where=key, found=f"no such key{value}", expected=expected, remedy=remedy)
+
+
+def _nearest_path(parent: str, name: str, siblings: list[str], base: DictConfig) -> str:
+    """The closest sibling, or else the same or a similar name anywhere in the tree; as a full path."""
+    hint = nearest(name, siblings)
+    if hint:
+        return hint.replace("'", f"'{parent}.", 1) if parent else hint
+    paths = list(leaf_paths(base))
+    same = [path for path in paths if path.rpartition(".")[2] == name]
+    if same:
+        return f"Did you mean {same[0]!r}?"
+    key = f"{parent}.{name}" if parent else name
+    return nearest(key, paths)
+
+
+def leaf_paths(node: DictConfig, prefix: str = "") -> Iterator[str]:
+    """Each key of the tree as it is typed, Hydra's own left out; interpolations are not followed."""
+    if node._is_none() or node._is_missing() or node._is_interpolation():
+        return
+    for key in node.keys():
+        path = f"{prefix}{key}"
+        if path == "hydra" or str(key).startswith("_"):
+            continue
+        yield path
+        child = node._get_node(key)
+        if isinstance(child, DictConfig):
+            yield from leaf_paths(child, f"{path}.")
+
+
+def _as_hydra_said(error: Exception, where: str = "the configuration") -> Problem:
+    lines = [line.strip() for text in (error, error.__cause__) if text is not None for line in str(text).splitlines()]
+    said = ". ".join(line.rstrip(".") for line in lines if line and not line.startswith(("full_key", "object_type")))
+    return Problem(
+        where=where, found="what Hydra refuses", expected="what it can compose", remedy=f"Hydra says: {said}"
+    )
