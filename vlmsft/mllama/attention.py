@@ -1,0 +1,219 @@
+"""Exact attention for MLlama without a dense bias; the same code on a CPU and a GPU.
+
+NeMo's stock model adds a bias of (tokens x tokens) to every attention of the vision tower and of (text x image tokens) to
+every cross-attention. Both biases have so few distinct rows that a handful of unmasked calls says the same:
+
+- tower: the bias only forbids padding-to-padding pairs. With the real tokens sorted to the front, real queries see every
+  key and padding queries see the real keys: two calls per group of images that have the same number of real tokens.
+- cross-attention: the keys of missing tiles are hidden from every row, so they are never computed; what is left is one
+  call per (sample, run of text rows that see the same images). Rows that see no image give exactly 0.
+
+What is called when is decided on the host, from the batch's CPU tensors, and travels to the core attention as its
+`attention_bias`: Megatron's attention classes hand that argument through untouched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class TowerGroup:
+    """Neighbouring images [first_image, end_image) of a tower batch whose first `num_real` tokens are real."""
+
+    first_image: int
+    end_image: int
+    num_real: int
+
+
+@dataclass(frozen=True)
+class TowerPlan:
+    """How the tower attends to a batch of images that are sorted by their number of real tokens."""
+
+    groups: tuple[TowerGroup, ...]
+
+
+@dataclass(frozen=True)
+class Run:
+    """Text rows [first_row, end_row) of one sample that see the same image tokens.
+
+    keys: half-open ranges of the flat image tokens; empty where the rows see no image
+    """
+
+    first_row: int
+    end_row: int
+    keys: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
+class CrossPlan:
+    """Cross-attention of a micro batch: for each sample the runs that cover its rows, in order."""
+
+    samples: tuple[tuple[Run, ...], ...]
+
+    @property
+    def sees_images(self) -> bool:
+        """Whether any row sees any image; if not, cross-attention layers are the identity."""
+        return any(run.keys for runs in self.samples for run in runs)
+
+    def row_mask(self, like: Tensor) -> Tensor:
+        """(S, B, 1): 1 for rows that see an image, 0 for the others, on the device and in the dtype of `like` (S, B, H).
+
+        Filled slice by slice, since a copy from the host would wait for the GPU's queue.
+        """
+        mask = like.new_zeros(like.shape[0], like.shape[1], 1)
+        for sample, runs in enumerate(self.samples):
+            for run in runs:
+                if run.keys:
+                    mask[run.first_row : run.end_row, sample] = 1
+        return mask
+
+
+def plan_cross_attention(
+    num_samples: int,
+    num_rows: int,
+    image_sample: Sequence[int],
+    image_tokens: Sequence[int],
+    visible_from: Sequence[int],
+    visible_until: Sequence[int],
+) -> CrossPlan:
+    """Cut each sample's text rows into runs that see the same images.
+
+    num_rows: padded text length S
+    image_sample, visible_from, visible_until: as in the batch contract, one entry per image
+    image_tokens: real tokens of each image (tiles x tokens per tile); image i's keys follow those of image i-1
+    """
+    first_key = [0]
+    for count in image_tokens:
+        first_key.append(first_key[-1] + count)
+    samples = []
+    for sample in range(num_samples):
+        images = [i for i, owner in enumerate(image_sample) if owner == sample]
+        cuts = {0, num_rows}
+        for i in images:
+            cuts.update(min(max(row, 0), num_rows) for row in (visible_from[i], visible_until[i]))
+        edges = sorted(cuts)
+        runs = []
+        for first_row, end_row in zip(edges, edges[1:], strict=False):
+            visible = [i for i in images if visible_from[i] <= first_row and end_row <= visible_until[i]]
+            runs.append(Run(first_row, end_row, _join((first_key[i], first_key[i + 1]) for i in visible)))
+        samples.append(tuple(runs))
+    return CrossPlan(tuple(samples))
+
+
+def _join(ranges) -> tuple[tuple[int, int], ...]:
+    joined: list[tuple[int, int]] = []
+    for start, end in ranges:
+        if joined and joined[-1][1] == start:
+            joined[-1] = (joined[-1][0], end)
+        elif end > start:
+            joined.append((start, end))
+    return tuple(joined)
+
+
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, *, causal: bool = False, scale: float | None = None, dropout: float = 0.0
+) -> Tensor:
+    """softmax(q k^T) v for every query against every key (or the earlier ones).
+
+    query: (Sq, B, heads, D); key, value: (Sk, B, groups, D) where groups divides heads (Megatron's layout)
+    Returns (Sq, B, heads * D).
+    """
+    num_rows, batch, num_heads, head_dim = query.shape
+    out = F.scaled_dot_product_attention(
+        query.permute(1, 2, 0, 3),
+        key.permute(1, 2, 0, 3),
+        value.permute(1, 2, 0, 3),
+        dropout_p=dropout,
+        is_causal=causal,
+        scale=scale,
+        enable_gqa=num_heads != key.shape[2],
+    )
+    return out.permute(2, 0, 1, 3).reshape(num_rows, batch, num_heads * head_dim)
+
+
+class _CoreAttention(nn.Module):
+    """What Megatron's Attention builds as `core_attention`: no parameters, hence no checkpoint keys, as TE's."""
+
+    def __init__(
+        self,
+        config,
+        layer_number: int,
+        attn_mask_type=None,
+        attention_type: str = "self",
+        attention_dropout: float | None = None,
+        softmax_scale: float | None = None,
+        cp_comm_type: str | None = None,
+        pg_collection=None,
+    ):
+        super().__init__()
+        self.scale = softmax_scale
+        self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, causal: bool = False) -> Tensor:
+        dropout = self.dropout if self.training else 0.0
+        # heads differ between tensor-parallel ranks, so their dropout must too
+        with get_cuda_rng_tracker().fork() if dropout else nullcontext():
+            return attend(query, key, value, causal=causal, scale=self.scale, dropout=dropout)
+
+
+class CausalAttention(_CoreAttention):
+    """Text self-attention. Padding needs no mask: it stands behind the text, so no real row sees it."""
+
+    def forward(
+        self, query, key, value, attention_mask=None, attn_mask_type=None, attention_bias=None, packed_seq_params=None
+    ) -> Tensor:
+        """query (S, B, heads, D), key and value (S, B, groups, D) -> (S, B, heads * D)."""
+        return self._attend(query, key, value, causal=True)
+
+
+class TowerAttention(_CoreAttention):
+    """Vision self-attention over tokens sorted as `TowerPlan` says."""
+
+    def forward(
+        self, query, key, value, attention_mask=None, attn_mask_type=None, attention_bias=None, packed_seq_params=None
+    ) -> Tensor:
+        """query, key, value (tokens, images, heads, D), attention_bias a TowerPlan -> (tokens, images, heads * D)."""
+        return torch.cat([self._group(query, key, value, group) for group in attention_bias.groups], dim=1)
+
+    def _group(self, query: Tensor, key: Tensor, value: Tensor, group: TowerGroup) -> Tensor:
+        query, key, value = (t[:, group.first_image : group.end_image] for t in (query, key, value))
+        real = group.num_real
+        out = [self._attend(query[:real], key, value)]
+        if real < query.shape[0]:
+            out.append(self._attend(query[real:], key[:real], value[:real]))
+        return torch.cat(out)
+
+
+class CrossAttention(_CoreAttention):
+    """Text rows attend to the real tokens of the images they see."""
+
+    def forward(
+        self, query, key, value, attention_mask=None, attn_mask_type=None, attention_bias=None, packed_seq_params=None
+    ) -> Tensor:
+        """query (S, B, heads, D), key and value (N, 1, groups, D) of all images, attention_bias a CrossPlan -> (S, B, heads * D)."""
+        return torch.cat(
+            [
+                torch.cat([self._run(query[:, b : b + 1], key, value, run) for run in runs])
+                for b, runs in enumerate(attention_bias.samples)
+            ],
+            dim=1,
+        )
+
+    def _run(self, query: Tensor, key: Tensor, value: Tensor, run: Run) -> Tensor:
+        query = query[run.first_row : run.end_row]
+        if not run.keys:
+            return query.new_zeros(query.shape[0], 1, query.shape[2] * query.shape[3])
+        return self._attend(query, _take(key, run.keys), _take(value, run.keys))
+
+
+def _take(tokens: Tensor, ranges: tuple[tuple[int, int], ...]) -> Tensor:
+    parts = [tokens[start:end] for start, end in ranges]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)

@@ -1,0 +1,174 @@
+"""Configs of MLlama: NeMo's dataclasses plus what NeMo hard-codes. NeMo saves constructor arguments only, so set all here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from nemo.collections.llm.gpt.model.llama import apply_rope_scaling
+from nemo.collections.vlm.mllama.model.base import (
+    CrossAttentionTextConfig,
+    CrossAttentionVisionConfig,
+    MLlamaModelConfig,
+)
+
+from vlmsft.errors import Problem, UserError
+from vlmsft.mllama import step
+
+# What NeMo's strategy, precision plugin and lazy initialisation set on the top config only
+_FOLLOW_TOP = (
+    "tensor_model_parallel_size",
+    "params_dtype",
+    "pipeline_dtype",
+    "autocast_dtype",
+    "enable_autocast",
+    "fp16",
+    "bf16",
+    "use_cpu_initialization",
+    "perform_initialization",
+    "deterministic_mode",
+    "calculate_per_token_loss",
+)
+
+
+@dataclass
+class TextConfig(CrossAttentionTextConfig):
+    """The text decoder. Fields are NeMo's; `layers` follows MLlamaConfig.layers."""
+
+    layers: str = "auto"
+
+    def configure_model(self, tokenizer=None, pre_process=True, post_process=True, vp_stage=None):
+        """Build the decoder (a TextModel); tokenizer is not used: vocab_size says how many embeddings there are."""
+        from vlmsft.mllama.layers import layer_kit
+        from vlmsft.mllama.text import TextModel
+
+        self.fusion_schedule = self._init_fusion_schedule(self.num_cross_attention_layers)
+        model = TextModel(self, layer_kit(self.layers), self.vocab_size, pre_process, post_process)
+        model.rotary_pos_emb.inv_freq = apply_rope_scaling(
+            model.rotary_pos_emb.inv_freq,
+            factor=self.scale_factor,
+            low_freq_factor=self.low_freq_factor,
+            high_freq_factor=self.high_freq_factor,
+            old_context_len=self.old_context_len,
+        )
+        return model
+
+
+@dataclass
+class VisionConfig(CrossAttentionVisionConfig):
+    """The vision tower and projector.
+
+    NeMo's fields (ffn_hidden_size is HF's intermediate_size, vision_chunk_size the side of a tile in pixels), and:
+    patch_size: side of a patch in pixels
+    intermediate_layers_indices: layers whose INPUT is handed to the projector beside the tower's output
+    image_mean, image_std: of the RGB channels, in units of 0..1
+    layers: follows MLlamaConfig.layers
+    """
+
+    patch_size: int = 14
+    intermediate_layers_indices: list[int] = field(default_factory=lambda: [3, 7, 15, 23, 30])
+    image_mean: list[float] = field(default_factory=lambda: [0.48145466, 0.4578275, 0.40821073])
+    image_std: list[float] = field(default_factory=lambda: [0.26862954, 0.26130258, 0.27577711])
+    layers: str = "auto"
+
+    def configure_model(self):
+        """Build the tower with its projector (a VisionModel)."""
+        from vlmsft.mllama.layers import layer_kit
+        from vlmsft.mllama.vision import VisionModel
+
+        return VisionModel(self, layer_kit(self.layers))
+
+    def problems(self) -> list[Problem]:
+        """Sizes that don't fit each other."""
+        where = "model.config.vision_model_config"
+        found = []
+        if self.vision_chunk_size % self.patch_size:
+            found.append(
+                Problem(
+                    f"{where}.vision_chunk_size",
+                    str(self.vision_chunk_size),
+                    f"a multiple of patch_size {self.patch_size}",
+                )
+            )
+        indices = list(self.intermediate_layers_indices)
+        if indices != sorted(set(indices)) or not all(0 <= i < self.num_layers for i in indices):
+            found.append(
+                Problem(
+                    f"{where}.intermediate_layers_indices",
+                    str(indices),
+                    f"increasing numbers from 0 to {self.num_layers - 1} (num_layers - 1)",
+                )
+            )
+        if self.max_num_tiles != self.vision_max_num_chunks:
+            found.append(
+                Problem(
+                    f"{where}.max_num_tiles",
+                    str(self.max_num_tiles),
+                    f"vision_max_num_chunks, {self.vision_max_num_chunks}",
+                )
+            )
+        return found
+
+
+@dataclass
+class MLlamaConfig(MLlamaModelConfig):
+    """The whole model.
+
+    layers: transformer_engine, torch, or auto (TransformerEngine with a CUDA GPU, torch elsewhere)
+    freeze_language_model, freeze_vision_model, freeze_vision_projection: no gradients for the text decoder (cross-attention
+        included), the tower, the projector
+    """
+
+    layers: str = "auto"
+    freeze_language_model: bool = False
+    freeze_vision_model: bool = False
+    freeze_vision_projection: bool = False
+
+    forward_step_fn: Callable = step.forward_step
+    data_step_fn: Callable = step.data_step
+
+    def __post_init__(self):
+        # NeMo copies these from the language config, also over what was asked for here, and calls this again later on
+        per_token_loss = self.calculate_per_token_loss
+        super().__post_init__()
+        self.calculate_per_token_loss = per_token_loss
+
+    def configure_model(self, tokenizer=None, vp_stage=None):
+        """Build the model (an MLlamaBase).
+
+        Raises UserError for what this model doesn't do (pipeline, context and sequence parallelism, fp8, full recompute)
+        and for sizes that don't fit each other.
+        """
+        from vlmsft.mllama.model import MLlamaBase
+
+        problems = self._unsupported() + self.vision_model_config.problems()
+        if problems:
+            raise UserError(problems)
+        for part in (self.language_model_config, self.vision_model_config):
+            part.layers = self.layers
+            for name in _FOLLOW_TOP:
+                setattr(part, name, getattr(self, name))
+        return MLlamaBase(self, tokenizer)
+
+    def _unsupported(self) -> list[Problem]:
+        checks = [
+            ("strategy.pipeline_model_parallel_size", self.pipeline_model_parallel_size, 1),
+            ("strategy.context_parallel_size", self.context_parallel_size, 1),
+            ("strategy.sequence_parallel", self.sequence_parallel, False),
+            ("trainer.plugins.fp8", self.fp8, None),
+        ]
+        for part in ("language_model_config", "vision_model_config"):
+            config = getattr(self, part)
+            checks += [
+                (f"model.config.{part}.cpu_offloading", config.cpu_offloading, False),
+                (f"model.config.{part}.fp8", config.fp8, None),
+            ]
+        problems = [
+            Problem(where, str(found), str(expected), "MLlama's forward has no code for anything else.")
+            for where, found, expected in checks
+            if found != expected
+        ]
+        for part in ("language_model_config", "vision_model_config"):
+            if getattr(self, part).recompute_granularity == "full":
+                problems.append(Problem(f"model.config.{part}.recompute_granularity", "full", "selective or null"))
+        return problems

@@ -1,0 +1,320 @@
+"""The layers that MLlama is made of, from TransformerEngine or portable ones, chosen by one key.
+
+The portable classes have the same parameter names, the same sharding and the same checkpoint keys as TransformerEngine's,
+`_extra_state` included: a distributed checkpoint written with either loads into the other and into NeMo's stock classes.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.fusions.fused_bias_dropout import bias_dropout_add_unfused, get_bias_dropout_add
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
+from nemo.collections.vlm.mllama.model.language import (
+    CrossAttentionTransformerLayer,
+    MLlamaCrossAttention,
+    MLlamaCrossAttentionSubmodules,
+)
+from nemo.collections.vlm.mllama.model.vision import ImageTransformerLayer, SelfAttentionNoBias
+from torch import Tensor, nn
+
+from vlmsft.errors import Problem, UserError, nearest
+from vlmsft.mllama.attention import CausalAttention, CrossAttention, TowerAttention
+
+CHOICES = ("auto", "transformer_engine", "torch")
+
+
+def resolve_layers(choice: str) -> str:
+    """'transformer_engine' or 'torch' for one of CHOICES; auto takes TransformerEngine where there is a CUDA GPU.
+
+    Raises UserError for another word, and when TransformerEngine is wanted but not installed.
+    """
+    if choice not in CHOICES:
+        raise UserError(
+            Problem("model.config.layers", repr(choice), "one of " + ", ".join(CHOICES), nearest(choice, CHOICES))
+        )
+    if choice == "auto":
+        choice = "transformer_engine" if torch.cuda.is_available() else "torch"
+    if choice == "transformer_engine" and importlib.util.find_spec("transformer_engine") is None:
+        raise UserError(
+            Problem(
+                "model.config.layers",
+                "no transformer_engine in this environment",
+                "TransformerEngine, which NeMo's layers run on",
+                "Install the `gpu` extra, or set model.config.layers=torch.",
+            )
+        )
+    return choice
+
+
+def _device(config) -> Any:
+    return "cpu" if config.use_cpu_initialization else torch.cuda.current_device()
+
+
+def _empty_extra_state(module: nn.Module) -> None:
+    """A strict load accepts a state dict without the module's `_extra_state` (Hugging Face's, for one)."""
+    module._register_load_state_dict_pre_hook(
+        lambda state_dict, prefix, *args: state_dict.setdefault(f"{prefix}_extra_state")
+    )
+
+
+def _normalise(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, kind: str) -> Tensor:
+    if kind == "RMSNorm":
+        return F.rms_norm(x, weight.shape, weight, eps)
+    return F.layer_norm(x, weight.shape, weight, bias, eps)
+
+
+def _require_norm(kind: str) -> str:
+    if kind not in ("LayerNorm", "RMSNorm"):
+        raise UserError(Problem("normalization", repr(kind), "LayerNorm or RMSNorm"))
+    return kind
+
+
+class PortableNorm(nn.Module):
+    """LayerNorm or RMSNorm (config.normalization) with the names of TransformerEngine's: weight, bias, _extra_state."""
+
+    def __init__(self, config, hidden_size: int, eps: float = 1e-5):
+        super().__init__()
+        self.kind = _require_norm(config.normalization)
+        self.eps = eps
+        factory = {"dtype": config.params_dtype, "device": _device(config)}
+        self.weight = nn.Parameter(torch.ones(hidden_size, **factory))
+        self.bias = nn.Parameter(torch.zeros(hidden_size, **factory)) if self.kind == "LayerNorm" else None
+        _empty_extra_state(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., hidden_size) -> the same shape."""
+        return _normalise(x, self.weight, self.bias, self.eps, self.kind)
+
+    def get_extra_state(self) -> None:
+        """Nothing to keep; the key is there because TransformerEngine's norms write one."""
+
+    def set_extra_state(self, state: Any) -> None:
+        """TransformerEngine's fp8 state has no meaning here."""
+
+
+class PortableNormLinear(ColumnParallelLinear):
+    """A norm and a column-parallel linear in one, named as TELayerNormColumnParallelLinear: layer_norm_weight, weight.
+
+    return_layernorm_output: return ((output, normalised input), bias), as TransformerEngine's class does when NeMo's LoRA
+    sets this attribute: the adapter works on the normalised input. NeMo sets it on TransformerEngine's class only, so
+    `tell_wrapped_norms` does it for this one.
+    """
+
+    def __init__(self, input_size: int, output_size: int, *, config, **kwargs):
+        super().__init__(input_size, output_size, config=config, **kwargs)
+        self.kind = _require_norm(config.normalization)
+        self.eps = config.layernorm_epsilon
+        self.return_layernorm_output = False
+        factory = {"dtype": config.params_dtype, "device": _device(config)}
+        self.layer_norm_weight = nn.Parameter(torch.ones(input_size, **factory))
+        self.layer_norm_bias = nn.Parameter(torch.zeros(input_size, **factory)) if self.kind == "LayerNorm" else None
+
+    def forward(self, input_: Tensor, weight: Tensor | None = None, runtime_gather_output: bool | None = None):
+        """(S, B, input_size) -> ((S, B, output_size / TP), bias or None); see return_layernorm_output."""
+        normalised = _normalise(input_, self.layer_norm_weight, self.layer_norm_bias, self.eps, self.kind)
+        output, bias = super().forward(normalised, weight, runtime_gather_output)
+        return ((output, normalised), bias) if self.return_layernorm_output else (output, bias)
+
+    def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
+        """weight and bias sharded along axis 0, the norm's parameters replicated."""
+        state_dict = self.state_dict(prefix="", keep_vars=True)
+        return make_sharded_tensors_for_checkpoint(state_dict, prefix, {"weight": 0, "bias": 0}, sharded_offsets)
+
+
+NormLinearPlace = tuple[nn.Module, str, PortableNormLinear]
+
+
+def find_norm_linears(model: nn.Module) -> list[NormLinearPlace]:
+    """(parent, attribute, module) of each PortableNormLinear below `model`."""
+    return [
+        (parent, name, child)
+        for parent in model.modules()
+        for name, child in parent.named_children()
+        if isinstance(child, PortableNormLinear)
+    ]
+
+
+def tell_wrapped_norms(places: list[NormLinearPlace]) -> None:
+    """Have each PortableNormLinear that an adapter has wrapped since hand out its normalised input, and only those."""
+    for parent, name, module in places:
+        module.return_layernorm_output = getattr(parent, name) is not module
+
+
+class PortableMLP(MLP):
+    """Megatron's MLP with the activation in eager torch: Megatron's own one is compiled at the first call.
+
+    config.bias_activation_fusion keeps the meaning it has there for GELU: the tanh approximation when true.
+    """
+
+    linear_fc1_class: type = ColumnParallelLinear
+
+    def __init__(self, config, **kwargs):
+        submodules = MLPSubmodules(linear_fc1=self.linear_fc1_class, linear_fc2=RowParallelLinear)
+        super().__init__(config, submodules, ffn_hidden_size=config.ffn_hidden_size)
+
+    def forward(self, hidden_states: Tensor, per_token_scale: Tensor | None = None):
+        """(S, B, H) -> ((S, B, H), bias or None)."""
+        hidden, bias = self.linear_fc1(hidden_states)
+        if bias is not None:
+            hidden = hidden + bias
+        if self.config.gated_linear_unit:
+            gate, up = hidden.chunk(2, dim=-1)
+            hidden = self._activate(gate) * up
+        else:
+            hidden = self._activate(hidden)
+        return self.linear_fc2(hidden)
+
+    def _activate(self, x: Tensor) -> Tensor:
+        if self.config.activation_func is F.gelu:
+            return F.gelu(x, approximate="tanh" if self.config.bias_activation_fusion else "none")
+        return self.config.activation_func(x)
+
+
+class PortableNormMLP(PortableMLP):
+    """PortableMLP whose first linear is preceded by the layer's norm."""
+
+    linear_fc1_class = PortableNormLinear
+
+
+def portable_bias_dropout_add(training: bool, fused: bool):
+    """Megatron's get_bias_dropout_add, never the compiled version."""
+    return bias_dropout_add_unfused(training)
+
+
+@dataclass(frozen=True)
+class LayerKit:
+    """The classes of one choice of layers, as Megatron's specs take them."""
+
+    norm: type
+    column_linear: type
+    norm_column_linear: type
+    row_linear: type
+    mlp: Any
+    norm_mlp: Any
+    bias_dropout_add: Any
+    compiled_loss: bool
+
+
+def layer_kit(choice: str) -> LayerKit:
+    """The classes for `choice` (see resolve_layers)."""
+    return _transformer_engine_kit() if resolve_layers(choice) == "transformer_engine" else _torch_kit()
+
+
+def _torch_kit() -> LayerKit:
+    return LayerKit(
+        norm=PortableNorm,
+        column_linear=ColumnParallelLinear,
+        norm_column_linear=PortableNormLinear,
+        row_linear=RowParallelLinear,
+        mlp=PortableMLP,
+        norm_mlp=PortableNormMLP,
+        bias_dropout_add=portable_bias_dropout_add,
+        compiled_loss=False,
+    )
+
+
+def _transformer_engine_kit() -> LayerKit:
+    from megatron.core.extensions.transformer_engine import (
+        TEColumnParallelLinear,
+        TELayerNormColumnParallelLinear,
+        TENorm,
+        TERowParallelLinear,
+    )
+
+    def mlp(linear_fc1):
+        return ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=linear_fc1, linear_fc2=TERowParallelLinear))
+
+    return LayerKit(
+        norm=TENorm,
+        column_linear=TEColumnParallelLinear,
+        norm_column_linear=TELayerNormColumnParallelLinear,
+        row_linear=TERowParallelLinear,
+        mlp=mlp(TEColumnParallelLinear),
+        norm_mlp=mlp(TELayerNormColumnParallelLinear),
+        bias_dropout_add=get_bias_dropout_add,
+        compiled_loss=True,
+    )
+
+
+def text_layer_spec(kit: LayerKit) -> ModuleSpec:
+    """A self-attention layer of the text decoder."""
+    return ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            self_attention=ModuleSpec(
+                module=SelfAttention,
+                params={"attn_mask_type": AttnMaskType.causal},
+                submodules=SelfAttentionSubmodules(
+                    linear_qkv=kit.norm_column_linear,
+                    core_attention=CausalAttention,
+                    linear_proj=kit.row_linear,
+                    q_layernorm=IdentityOp,
+                    k_layernorm=IdentityOp,
+                ),
+            ),
+            self_attn_bda=kit.bias_dropout_add,
+            mlp=kit.norm_mlp,
+            mlp_bda=kit.bias_dropout_add,
+        ),
+    )
+
+
+def cross_layer_spec(kit: LayerKit) -> ModuleSpec:
+    """A gated cross-attention layer of the text decoder."""
+    return ModuleSpec(
+        module=CrossAttentionTransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            cross_attention=ModuleSpec(
+                module=MLlamaCrossAttention,
+                params={"attn_mask_type": AttnMaskType.no_mask},
+                submodules=MLlamaCrossAttentionSubmodules(
+                    linear_q=kit.norm_column_linear,
+                    linear_kv=kit.column_linear,
+                    core_attention=CrossAttention,
+                    linear_proj=kit.row_linear,
+                    q_layernorm=kit.norm,
+                    k_layernorm=kit.norm,
+                ),
+            ),
+            cross_attn_bda=kit.bias_dropout_add,
+            mlp=kit.norm_mlp,
+            mlp_bda=kit.bias_dropout_add,
+        ),
+    )
+
+
+def vision_layer_spec(kit: LayerKit) -> ModuleSpec:
+    """A layer of the vision tower; gated where its config says so."""
+    return ModuleSpec(
+        module=ImageTransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=kit.norm,
+            self_attention=ModuleSpec(
+                module=SelfAttentionNoBias,
+                params={"attn_mask_type": AttnMaskType.no_mask},
+                submodules=SelfAttentionSubmodules(
+                    linear_qkv=kit.column_linear,
+                    core_attention=TowerAttention,
+                    linear_proj=kit.row_linear,
+                    q_layernorm=IdentityOp,
+                    k_layernorm=IdentityOp,
+                ),
+            ),
+            self_attn_bda=kit.bias_dropout_add,
+            pre_mlp_layernorm=kit.norm,
+            mlp=kit.mlp,
+            mlp_bda=kit.bias_dropout_add,
+        ),
+    )

@@ -1,0 +1,146 @@
+"""MLlama's text decoder: Llama's self-attention layers with gated cross-attention layers in front of some of them."""
+
+from __future__ import annotations
+
+import torch
+from megatron.core import tensor_parallel
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.transformer.spec_utils import build_module
+from megatron.core.transformer.transformer_block import TransformerBlock, TransformerBlockSubmodules
+from nemo.collections.vlm.mllama.model.language import (
+    CrossAttentionTransformerBlock,
+    DummyCrossAttentionTransformerLayer,
+)
+from torch import Tensor, nn
+
+from vlmsft.mllama.attention import CrossPlan
+from vlmsft.mllama.layers import LayerKit, cross_layer_spec, text_layer_spec
+
+# HF and NeMo keep <|image|> and seven reserved ids in an embedding of their own, behind the vocabulary
+NUM_LEARNABLE_EMBEDDINGS = 8
+
+
+class TextBlock(CrossAttentionTransformerBlock):
+    """NeMo's CrossAttentionTransformerBlock (its names, its checkpoint layout) over the layers of a LayerKit."""
+
+    def __init__(self, config, kit: LayerKit, pre_process: bool, post_process: bool):
+        submodules = TransformerBlockSubmodules(
+            layer_specs=[text_layer_spec(kit)] * config.num_layers, layer_norm=kit.norm
+        )
+        # past NeMo's own constructor, which names TransformerEngine's classes
+        TransformerBlock.__init__(
+            self, config=config, spec=submodules, pre_process=pre_process, post_process=post_process
+        )
+        self.fusion_schedule = list(config.fusion_schedule)
+        self.xattn_layers = nn.ModuleList(
+            build_module(cross_layer_spec(kit), config=config, layer_number=i + 1)
+            if i in self.fusion_schedule
+            else DummyCrossAttentionTransformerLayer(config=config)
+            for i in range(config.num_layers)
+        )
+
+    def forward(
+        self, hidden_states: Tensor, rotary_pos_emb: Tensor, image_tokens: Tensor | None, plan: CrossPlan | None
+    ) -> Tensor:
+        """One pass through all layers.
+
+        hidden_states: (S, B, H) text embeddings
+        image_tokens: (N, 1, H) projected tokens of the real tiles of all images; None skips the cross-attention layers,
+            which is exact where no row sees an image
+        plan: which rows see which of them
+        Returns (S, B, H), normalised.
+        """
+        row_mask = plan.row_mask(hidden_states) if image_tokens is not None else None
+        for i, layer in enumerate(self.layers):
+            if image_tokens is not None and i in self.fusion_schedule:
+                cross_layer = self.xattn_layers[i]
+                hidden_states, _ = cross_layer(
+                    hidden_states=hidden_states,
+                    cross_attention_masks=None,
+                    xattn_cache=cross_layer.cross_attention.get_key_value_tensors(image_tokens),
+                    full_text_row_masked_out_mask=row_mask,
+                    cross_attention_bias=plan,
+                )
+            hidden_states, _ = layer(hidden_states=hidden_states, attention_mask=None, rotary_pos_emb=rotary_pos_emb)
+        return self.final_layernorm(hidden_states)
+
+
+class TextModel(GPTModel):
+    """Embeddings, TextBlock and output layer, named as NeMo's CrossAttentionTextModel."""
+
+    def __init__(self, config, kit: LayerKit, vocab_size: int, pre_process: bool = True, post_process: bool = True):
+        super().__init__(
+            config,
+            # no layers here: the block is replaced below, and building it twice takes twice the memory
+            transformer_layer_spec=TransformerBlockSubmodules(layer_specs=[]),
+            vocab_size=vocab_size,
+            max_sequence_length=config.seq_length,
+            pre_process=pre_process,
+            post_process=post_process,
+            fp16_lm_cross_entropy=config.fp16_lm_cross_entropy,
+            parallel_output=config.parallel_output,
+            share_embeddings_and_output_weights=config.share_embeddings_and_output_weights,
+            position_embedding_type=config.position_embedding_type,
+            rotary_percent=config.rotary_percent,
+            rotary_base=config.rotary_base,
+            seq_len_interpolation_factor=config.seq_len_interpolation_factor,
+        )
+        self.compiled_loss = kit.compiled_loss
+        self.decoder = TextBlock(config, kit, pre_process, post_process)
+        self.learnable_embedding = tensor_parallel.VocabParallelEmbedding(
+            num_embeddings=NUM_LEARNABLE_EMBEDDINGS,
+            embedding_dim=config.hidden_size,
+            init_method=config.init_method,
+            reduce_scatter_embeddings=False,
+            config=config,
+        )
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """(B, S) ids below vocab_size + 8 -> (S, B, H): the last eight come from `learnable_embedding`."""
+        is_special = tokens >= self.vocab_size
+        words = self.embedding(tokens.clamp(max=self.vocab_size - 1), None)
+        special = self.learnable_embedding((tokens - self.vocab_size).clamp(min=0)).transpose(0, 1)
+        return torch.where(is_special.t().unsqueeze(-1), special.to(words.dtype), words)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        labels: Tensor | None = None,
+        image_tokens: Tensor | None = None,
+        plan: CrossPlan | None = None,
+        idle_parameters: list[nn.Parameter] | None = None,
+    ) -> Tensor:
+        """Losses (B, S) in fp32 when labels are given, logits (B, S, vocab_size / TP) otherwise.
+
+        tokens, labels: (B, S); labels of -100 give a loss of 0
+        image_tokens, plan: as in TextBlock
+        idle_parameters: trainable parameters that this batch leaves out; they get a gradient of zero
+        """
+        hidden_states = touch(self.embed(tokens), idle_parameters or [])
+        rotary_pos_emb = self.rotary_pos_emb(tokens.shape[1])
+        hidden_states = self.decoder(hidden_states, rotary_pos_emb, image_tokens, plan)
+        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+        logits, _ = self.output_layer(hidden_states, weight=weight)
+        if labels is None:
+            return logits.transpose(0, 1).contiguous()
+        losses = self._losses(labels.clamp(min=0), logits)
+        # a position without a label is masked here too: 0 * inf in the caller's mask would be NaN
+        return losses.masked_fill(labels < 0, 0.0)
+
+    def _losses(self, labels: Tensor, logits: Tensor) -> Tensor:
+        if self.compiled_loss:
+            return self.compute_language_model_loss(labels, logits)
+        losses = tensor_parallel.vocab_parallel_cross_entropy(logits, labels.t().contiguous())
+        return losses.t().contiguous()
+
+
+def touch(hidden_states: Tensor, parameters: list[nn.Parameter]) -> Tensor:
+    """hidden_states, unchanged, in a graph that gives each of `parameters` a gradient of zero.
+
+    Data-parallel ranks wait for a gradient of every trainable parameter: a rank whose micro batch has no image would
+    never report those of the tower and of the cross-attention layers.
+    """
+    if not parameters:
+        return hidden_states
+    one_of_each = torch.stack([parameter.reshape(-1)[0].to(hidden_states.dtype) for parameter in parameters])
+    return hidden_states + 0 * one_of_each.sum()

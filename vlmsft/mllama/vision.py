@@ -1,0 +1,223 @@
+"""MLlama's vision tower and projector: uint8 tiles in, one flat sequence of projected image tokens out.
+
+NeMo's forward carries four tiles per image, padding tokens and all, through the tower and into the cross-attention. This
+one computes the same numbers, but sorts each image's real tokens to the front once, so that attention needs no bias
+(see attention.py) and everything behind the tower sees real tokens only. Missing tiles stay in the tower as zero pixels
+after normalisation: real tokens attend to them, and the weights were trained so.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+import torch.nn.functional as F
+from megatron.core.models.vision.multimodal_projector import MultimodalProjector
+from megatron.core.tensor_parallel import ColumnParallelLinear, gather_from_tensor_model_parallel_region
+from megatron.core.transformer import MegatronModule
+from megatron.core.transformer.mlp import MLPSubmodules
+from megatron.core.transformer.transformer_block import TransformerBlock, TransformerBlockSubmodules
+from nemo.collections.vlm.mllama.model.vision import PrecomputedTilePositionEmbedding
+from torch import Tensor, nn
+
+from vlmsft.mllama.attention import TowerGroup, TowerPlan
+from vlmsft.mllama.layers import LayerKit, vision_layer_spec
+
+CHANNELS = 3
+# HF pads each tile's tokens to a multiple of 8, NeMo follows
+TOKEN_MULTIPLE = 8
+
+
+class PatchEmbedding(MegatronModule):
+    """A convolution whose stride is its kernel, as a linear layer; parameter `_linear.weight`, as NeMo's."""
+
+    def __init__(self, config, kit: LayerKit):
+        super().__init__(config=config)
+        self.patch_size = config.patch_size
+        self._linear = kit.column_linear(
+            CHANNELS * config.patch_size**2,
+            config.hidden_size,
+            bias=False,
+            config=config,
+            init_method=config.init_method,
+            gather_output=False,
+            skip_bias_add=False,
+            is_expert=False,
+            tp_comm_buffer_name="conv1",
+        )
+
+    def forward(self, tiles: Tensor) -> Tensor:
+        """(T, 3, H, W) -> (T, patches, hidden)."""
+        patches = F.unfold(tiles, self.patch_size, stride=self.patch_size).transpose(1, 2)
+        return gather_from_tensor_model_parallel_region(F.linear(patches, self._linear.weight))
+
+
+class TokenOrder:
+    """Which images stand next to each other in the tower, and which of an image's tokens come first.
+
+    Images with the same number of real tiles are neighbours. Within an image: the tokens of its real tiles, then the
+    padding tokens of those tiles, then the missing tiles.
+    """
+
+    def __init__(self, num_tiles: list[int], max_tiles: int, num_tokens: int):
+        """num_tiles: real tiles of each image; num_tokens: tokens per tile, without padding."""
+        self.max_tiles = max_tiles
+        self.num_tokens = num_tokens
+        self.padded_tokens = -(-num_tokens // TOKEN_MULTIPLE) * TOKEN_MULTIPLE
+        self.images = sorted(range(len(num_tiles)), key=lambda i: num_tiles[i])
+        self.groups: list[tuple[int, int, int]] = []  # first image, end image, real tiles
+        for position, image in enumerate(self.images):
+            tiles = num_tiles[image]
+            first = self.groups.pop()[0] if self.groups and self.groups[-1][2] == tiles else position
+            self.groups.append((first, position + 1, tiles))
+
+    def plan(self) -> TowerPlan:
+        """What TowerAttention needs to know."""
+        return TowerPlan(tuple(TowerGroup(first, end, tiles * self.num_tokens) for first, end, tiles in self.groups))
+
+    def sort(self, x: Tensor) -> Tensor:
+        """(images, tiles, padded tokens, hidden), images in self.images' order -> (tiles * padded tokens, images, hidden)."""
+        return torch.cat([self._sort_group(x[first:end], tiles) for first, end, tiles in self.groups], dim=1)
+
+    def _sort_group(self, x: Tensor, tiles: int) -> Tensor:
+        parts = (x[:, :tiles, : self.num_tokens], x[:, :tiles, self.num_tokens :], x[:, tiles:])
+        return torch.cat([part.flatten(1, 2) for part in parts], dim=1).transpose(0, 1).contiguous()
+
+    def real(self, x: Tensor) -> Tensor:
+        """(tiles * padded tokens, images, hidden), sorted -> (real tokens of all images, hidden), in the batch's image order."""
+        by_image: dict[int, Tensor] = {}
+        for first, end, tiles in self.groups:
+            for position in range(first, end):
+                by_image[self.images[position]] = x[: tiles * self.num_tokens, position]
+        return torch.cat([by_image[i] for i in range(len(self.images))])
+
+
+class VisionEncoder(MegatronModule):
+    """The tower, named as NeMo's VisionEncoder; width, depth, patch size and intermediate layers from the config."""
+
+    def __init__(self, config, kit: LayerKit):
+        super().__init__(config=config)
+        width = config.hidden_size
+        self.num_patches = (config.vision_chunk_size // config.patch_size) ** 2
+        num_tokens = self.num_patches + 1
+        self.conv1 = PatchEmbedding(config, kit)
+        scale = width**-0.5
+        self.class_embedding = nn.Parameter(scale * torch.randn(width))
+        self.positional_embedding = nn.Parameter(scale * torch.randn(num_tokens, width))
+        self.ln_post = kit.norm(config=config, hidden_size=width)
+        self.ln_pre = kit.norm(config=config, hidden_size=width)
+        self.transformer = _block(config, kit)
+        global_config = copy.deepcopy(config)
+        global_config.num_layers = config.num_global_layers
+        global_config.gated = True
+        self.global_transformer = _block(global_config, kit)
+        self.pre_tile_pos_embed = PrecomputedTilePositionEmbedding(config=config, gated=True)
+        self.post_tile_pos_embed = PrecomputedTilePositionEmbedding(config=config, gated=True)
+        self.gated_tile_positional_embedding = nn.Embedding(
+            config.max_aspect_ratio_id + 1, config.max_num_tiles * num_tokens * width
+        )
+        self.gated_positional_embedding_gate = nn.Parameter(torch.zeros(1))
+
+    def forward(self, pixels: Tensor, num_tiles: list[int], aspect_ratio_ids: Tensor) -> Tensor:
+        """Features of the real tiles' tokens.
+
+        pixels: (T, 3, H, W) normalised, real tiles only
+        num_tiles: real tiles of each of the I images
+        aspect_ratio_ids: (I,) on the host
+        Returns (T * (patches + 1), hidden * (1 + intermediate layers)), image by image, tile by tile.
+        """
+        order = TokenOrder(num_tiles, self.config.vision_max_num_chunks, self.num_patches + 1)
+        ids = aspect_ratio_ids[order.images].to(pixels.device, non_blocking=True)
+        x = self._embed(self._place(self.conv1(pixels), num_tiles, order), ids)
+        x = F.pad(self.ln_pre(x), (0, 0, 0, order.padded_tokens - order.num_tokens))
+        x = order.sort(x)
+        plan = order.plan()
+        intermediate = []
+        for i, layer in enumerate(self.transformer.layers):
+            if i in self.config.intermediate_layers_indices:
+                intermediate.append(order.real(x))
+            x, _ = layer(x, attention_bias=plan)
+        x = self.ln_post(x) + order.sort(self._post_tile_embedding(ids, order))
+        for layer in self.global_transformer.layers:
+            x, _ = layer(x, attention_bias=plan)
+        # hidden-major: all intermediate values of a channel stand together
+        stacked = torch.stack(intermediate, dim=-1).flatten(1)
+        return torch.cat([order.real(x), stacked], dim=-1)
+
+    def _place(self, patches: Tensor, num_tiles: list[int], order: TokenOrder) -> Tensor:
+        """(T, patches, hidden) -> (I, max tiles, patches, hidden) in the tower's image order.
+
+        A missing tile's patches are zero: its pixels are, and the patch embedding has no bias.
+        """
+        per_image = patches.split(num_tiles)
+        return torch.stack([F.pad(per_image[i], (0, 0, 0, 0, 0, order.max_tiles - num_tiles[i])) for i in order.images])
+
+    def _embed(self, x: Tensor, ids: Tensor) -> Tensor:
+        """Tile, class and position embeddings: (I, tiles, patches, hidden) -> (I, tiles, patches + 1, hidden)."""
+        x = self.pre_tile_pos_embed(x, ids)
+        images, tiles, _, width = x.shape
+        class_token = self.class_embedding.to(x.dtype).expand(images, tiles, 1, width)
+        x = torch.cat([class_token, x], dim=2)
+        gate = self.gated_positional_embedding_gate.tanh()
+        per_tile = self.gated_tile_positional_embedding(ids).view(images, tiles, -1, width)
+        return x + self.positional_embedding * (1 - gate) + gate * per_tile
+
+    def _post_tile_embedding(self, ids: Tensor, order: TokenOrder) -> Tensor:
+        """(I, tiles, padded tokens, hidden): post_tile_pos_embed's addition alone, for every token."""
+        shape = (len(ids), order.max_tiles, order.padded_tokens, self.config.hidden_size)
+        nothing = self.class_embedding.new_zeros(())
+        return self.post_tile_pos_embed(nothing, ids).expand(shape)
+
+
+def _block(config, kit: LayerKit) -> TransformerBlock:
+    submodules = TransformerBlockSubmodules(layer_specs=[vision_layer_spec(kit)] * config.num_layers)
+    return TransformerBlock(config=config, spec=submodules, post_layer_norm=False)
+
+
+class VisionModel(MegatronModule):
+    """Normalisation, tower and projector, named as NeMo's CrossAttentionVisionModel."""
+
+    def __init__(self, config, kit: LayerKit):
+        super().__init__(config=config)
+        self.vision_encoder = VisionEncoder(config, kit).to(config.params_dtype)
+        projection_config = copy.deepcopy(config)
+        projection_config.hidden_size = config.text_hidden_size
+        self.vision_projection = MultimodalProjector(
+            config=projection_config,
+            submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=None),
+            projector_type="affine",
+            input_size=config.hidden_size * (1 + len(config.intermediate_layers_indices)),
+        )
+        # as NeMo does: Megatron's projector drops the bias of a linear that returns it
+        self.vision_projection.encoder.skip_bias_add = False
+        self._statistics: tuple[Tensor, Tensor] | None = None
+
+    def forward(self, tiles: Tensor, num_tiles: list[int], aspect_ratio_ids: Tensor) -> Tensor:
+        """Projected tokens of the real tiles.
+
+        tiles: (T, 3, H, W) uint8, not normalised, real tiles of the I images one after the other
+        num_tiles: real tiles of each image; aspect_ratio_ids: (I,) on the host
+        Returns (T * (patches + 1), 1, text hidden).
+        """
+        tower_trains = any(parameter.requires_grad for parameter in self.vision_encoder.parameters())
+        if not tower_trains and self.vision_encoder.training:
+            self.vision_encoder.eval()  # a frozen tower gives the same features at every step, dropout or not
+        with torch.set_grad_enabled(tower_trains and torch.is_grad_enabled()):
+            features = self.vision_encoder(self.normalise(tiles), num_tiles, aspect_ratio_ids)
+        return self.vision_projection(features.unsqueeze(1))
+
+    def normalise(self, tiles: Tensor) -> Tensor:
+        """uint8 (T, 3, H, W) -> (x / 255 - mean) / std in the tower's dtype, computed in fp32 as HF's image processor does."""
+        if self._statistics is None or self._statistics[0].device != tiles.device:
+            shape = (1, CHANNELS, 1, 1)
+            mean, std = (
+                torch.tensor(values, dtype=torch.float32, device=tiles.device).view(shape)
+                for values in (self.config.image_mean, self.config.image_std)
+            )
+            # kept outside the buffers: a bf16 run would round those
+            self._statistics = (mean, std)
+        mean, std = self._statistics
+        return ((tiles.float() * (1 / 255) - mean) / std).to(self.vision_encoder.class_embedding.dtype)
+
+    def set_input_tensor(self, tensor) -> None:
+        """The tower is always on the first pipeline stage: it has no input from another one."""
