@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import io
 import logging
 import os
 import sys
@@ -26,6 +27,7 @@ from rich.console import Console
 _CONSOLE_PATH = "VLMSFT_CONSOLE"
 
 _real_stdout: TextIO | None = None
+_console: Console | None = None
 
 
 def is_quiet() -> bool:
@@ -34,9 +36,15 @@ def is_quiet() -> bool:
 
 
 def console() -> Console:
-    """The user's console, also while `quiet` is active. Wraps no lines where stdout is no terminal."""
+    """The user's console, also while `quiet` is active; wraps no lines where stdout is no terminal.
+
+    One object per stream: rich can print above a live progress bar only through the bar's own console.
+    """
+    global _console
     file = _real_stdout or sys.stdout
-    return Console(file=file) if file.isatty() else Console(file=file, width=160, soft_wrap=True, no_color=True)
+    if _console is None or _console.file is not file:
+        _console = Console(file=file) if file.isatty() else Console(file=file, width=160, soft_wrap=True)
+    return _console
 
 
 def rank_from_environment() -> int:
@@ -78,18 +86,36 @@ def quiet(run_dir: str | os.PathLike[str], rank: int | None = None) -> Iterator[
 
 
 def _forget_console() -> None:
-    global _real_stdout
-    _real_stdout = None
+    global _real_stdout, _console
+    _real_stdout = _console = None
+
+
+class _Terminal(io.TextIOWrapper):
+    """The console as a stream whose reader may go away: a closed terminal must not end a run."""
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError):
+            super().write(text)
+            super().flush()
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            super().flush()
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            super().close()
 
 
 def _console_stream(undo: contextlib.ExitStack) -> TextIO:
     inherited = os.environ.get(_CONSOLE_PATH)
     if inherited is not None:
         with contextlib.suppress(OSError):
-            return undo.enter_context(open(inherited, "a", encoding="utf-8", buffering=1))
+            return undo.enter_context(_Terminal(open(inherited, "ab", buffering=0), encoding="utf-8"))
     if not _is_descriptor(sys.stdout, 1):
         return sys.stdout  # a notebook, or a test that captures
-    stream = undo.enter_context(os.fdopen(os.dup(1), "w", encoding="utf-8", buffering=1))
+    stream = undo.enter_context(_Terminal(os.fdopen(os.dup(1), "wb", buffering=0), encoding="utf-8"))
     os.environ[_CONSOLE_PATH] = f"/proc/{os.getpid()}/fd/{stream.fileno()}"
     undo.callback(os.environ.pop, _CONSOLE_PATH, None)
     return stream
@@ -179,6 +205,5 @@ def _has_descriptor(stream: TextIO) -> bool:
 
 
 def _print(stream: TextIO, text: str) -> None:
-    with contextlib.suppress(OSError, ValueError):  # a closed terminal must not end a run
-        stream.write(text.rstrip("\n") + "\n")
-        stream.flush()
+    stream.write(text.rstrip("\n") + "\n")
+    stream.flush()

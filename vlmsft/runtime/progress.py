@@ -48,6 +48,7 @@ class TrainProgress(ProgressBar):
         self._last_val_loss: float | None = None
         self._validation_started = 0.0
         self._sees_microbatches = False
+        self._lr: float | None = None
 
     # Lightning calls these two for ranks other than 0, and round its own searches
     def disable(self) -> None:
@@ -144,11 +145,11 @@ class TrainProgress(ProgressBar):
 
     def _details(self, trainer: Trainer, total: int | None) -> list[str]:
         details = []
-        loss, lr = read_metric(trainer, "reduced_train_loss"), learning_rate(trainer)
+        loss = read_metric(trainer, "reduced_train_loss")
         if loss is not None:
             details.append(f"loss {loss:.4f}")
-        if lr is not None:
-            details.append(f"lr {lr:.2e}")
+        if self._lr is not None:
+            details.append(f"lr {self._lr:.2e}")
         seconds = self.rate.seconds_per_step()
         if seconds:
             batch = global_batch_size(trainer)

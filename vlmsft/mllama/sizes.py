@@ -1,0 +1,314 @@
+"""Parameters and memory of an MLlama from plain numbers: pure arithmetic, so that a plan needs neither torch nor a GPU.
+
+Parameter counts are exact (a test builds the real modules). Memory is an estimate; each term says what it counts.
+Names are those of NeMo's CrossAttentionTextConfig and CrossAttentionVisionConfig.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+GIB = 1024**3
+# NeMo's learnable_embedding: the image token and seven reserved ones (NeMo mllama/model/language.py)
+NUM_EXTRA_EMBEDDINGS = 8
+# The tower pads each tile's tokens to a multiple of 8, as HF does (NeMo mllama/model/vision.py)
+TOKEN_MULTIPLE = 8
+# transformers' supported aspect ratios for four tiles; id 0 stands for "no image"
+NUM_ASPECT_RATIOS = 8
+
+
+@dataclass(frozen=True)
+class TextShape:
+    """The text decoder. `num_layers` counts the self-attention layers only, as NeMo does (11B: 32, and 8 cross)."""
+
+    num_layers: int
+    num_cross_attention_layers: int
+    hidden_size: int
+    ffn_hidden_size: int
+    num_attention_heads: int
+    num_query_groups: int
+    vocab_size: int
+    kv_channels: int | None = None  # head dim; hidden_size / num_attention_heads where None
+
+    @property
+    def head_dim(self) -> int:
+        return self.kv_channels or self.hidden_size // self.num_attention_heads
+
+    @property
+    def query_size(self) -> int:
+        return self.num_attention_heads * self.head_dim
+
+    @property
+    def key_size(self) -> int:
+        return self.num_query_groups * self.head_dim
+
+
+@dataclass(frozen=True)
+class VisionShape:
+    """The vision tower and its projector into the text's width."""
+
+    num_layers: int
+    num_global_layers: int
+    hidden_size: int
+    vision_chunk_size: int  # pixels of a tile's side
+    patch_size: int
+    num_intermediate_layers: int  # earlier hidden states that the projector sees beside the last one
+    text_hidden_size: int
+    ffn_hidden_size: int | None = None  # 4 x hidden_size where None, as Megatron-Core's TransformerConfig
+    max_num_tiles: int = 4
+
+    @property
+    def ffn_size(self) -> int:
+        return self.ffn_hidden_size or 4 * self.hidden_size
+
+    @property
+    def tokens_per_tile(self) -> int:
+        """Patches and the class token."""
+        return (self.vision_chunk_size // self.patch_size) ** 2 + 1
+
+    @property
+    def padded_tokens_per_tile(self) -> int:
+        """What the tower computes with: (tokens_per_tile) up to the next multiple of 8."""
+        return -(-self.tokens_per_tile // TOKEN_MULTIPLE) * TOKEN_MULTIPLE
+
+    @property
+    def projector_input_size(self) -> int:
+        return (self.num_intermediate_layers + 1) * self.hidden_size
+
+
+@dataclass(frozen=True)
+class Count:
+    """Parameters of one part. `sharded` ones are divided over tensor-parallel ranks, `replicated` ones are on each."""
+
+    sharded: int
+    replicated: int = 0
+
+    @property
+    def total(self) -> int:
+        return self.sharded + self.replicated
+
+    def per_rank(self, tensor_model_parallel_size: int) -> int:
+        return self.sharded // tensor_model_parallel_size + self.replicated
+
+    def __add__(self, other: Count) -> Count:
+        return Count(self.sharded + other.sharded, self.replicated + other.replicated)
+
+    def __mul__(self, times: int) -> Count:
+        return Count(self.sharded * times, self.replicated * times)
+
+
+# ------------------------------------------------------------------------------------------------------- parameters
+
+
+def parameter_counts(text: TextShape, vision: VisionShape) -> dict[str, Count]:
+    """{"tower": ..., "projector": ..., "text": ...}; 11B: 0.864e9, 0.031e9 and 9.775e9."""
+    return {"tower": tower_count(vision), "projector": projector_count(vision), "text": text_count(text)}
+
+
+def text_count(text: TextShape) -> Count:
+    """Decoder with word embeddings and an output layer of their own, no biases, RMSNorm, gated (SwiGLU) MLPs."""
+    h, f = text.hidden_size, text.ffn_hidden_size
+    mlp = Count(h * 2 * f + f * h, h)  # fc1 holds gate and up; the norm before it
+    attention = Count(h * (text.query_size + 2 * text.key_size) + text.query_size * h, h)
+    # the same matrices, split into linear_q and linear_kv, with norms on queries and keys, and two gates
+    cross_attention = Count(attention.sharded, h + 2 * text.head_dim + 2)
+    embeddings = Count(2 * text.vocab_size * h + NUM_EXTRA_EMBEDDINGS * h, h)  # and the final norm
+    layers = (attention + mlp) * text.num_layers
+    return layers + (cross_attention + mlp) * text.num_cross_attention_layers + embeddings
+
+
+def tower_count(vision: VisionShape) -> Count:
+    """ViT with LayerNorms and MLP biases, no attention biases; global layers have two gates more.
+
+    The position and tile embeddings are plain torch parameters: each tensor-parallel rank holds them whole.
+    """
+    h, f = vision.hidden_size, vision.ffn_size
+    # fc2's bias is added after the row-parallel sum, so each rank has it; fc1's is split with its outputs
+    layer = Count(4 * h * h + 2 * h * f + f, h + 4 * h)
+    gates = Count(0, 2 * vision.num_global_layers)
+    patches = Count(3 * vision.patch_size**2 * h)
+    tiles = (NUM_ASPECT_RATIOS + 1) * vision.max_num_tiles * h  # values per token position of the tile embeddings
+    embeddings = Count(0, h + vision.tokens_per_tile * h + tiles * vision.tokens_per_tile + 1 + 2 * (tiles + 1))
+    outer_norms = Count(0, 4 * h)
+    return layer * (vision.num_layers + vision.num_global_layers) + gates + patches + embeddings + outer_norms
+
+
+def projector_count(vision: VisionShape) -> Count:
+    return Count((vision.projector_input_size + 1) * vision.text_hidden_size)
+
+
+def lora_count(text: TextShape, dim: int, target_modules: Sequence[str]) -> Count:
+    """LoRA in the text decoder: dim x (inputs + outputs) for each matched matrix; NeMo shards both factors.
+
+    target_modules: NeMo's names, of which the last part counts ("linear_qkv", "*.language_model.*.linear_qkv").
+    Raises ValueError for a name that the decoder doesn't have.
+    """
+    h, f = text.hidden_size, text.ffn_hidden_size
+    self_layers, cross_layers = text.num_layers, text.num_cross_attention_layers
+    widths = {
+        "linear_qkv": self_layers * (h + text.query_size + 2 * text.key_size),
+        "linear_q": cross_layers * (h + text.query_size),
+        "linear_kv": cross_layers * (h + 2 * text.key_size),
+        "linear_proj": (self_layers + cross_layers) * (text.query_size + h),
+        "linear_fc1": (self_layers + cross_layers) * (h + 2 * f),
+        "linear_fc2": (self_layers + cross_layers) * (f + h),
+    }
+    names = {target.rsplit(".", 1)[-1] for target in target_modules}
+    if unknown := sorted(names - set(widths)):
+        raise ValueError(f"LoRA target {unknown[0]!r}: the text decoder has {', '.join(widths)}")
+    return Count(dim * sum(widths[name] for name in names))
+
+
+# ----------------------------------------------------------------------------------------------------------- memory
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes on one GPU, as torch's allocator counts them: the CUDA context and NCCL take 1 to 2 GiB beside it.
+
+    build: the highest point while the model is built, before optimizer and activations exist
+    """
+
+    weights: float
+    gradients: float
+    optimizer: float
+    activations: float
+    build: float
+
+    @property
+    def training(self) -> float:
+        return self.weights + self.gradients + self.optimizer + self.activations
+
+    @property
+    def peak(self) -> float:
+        return max(self.training, self.build)
+
+
+def memory_estimate(
+    text: TextShape,
+    vision: VisionShape,
+    *,
+    micro_batch_size: int,
+    text_tokens: int,
+    images_per_sample: float = 1.0,
+    tiles_per_image: float = 4.0,
+    tensor_model_parallel_size: int = 1,
+    sequence_parallel: bool = False,
+    data_parallel_size: int = 1,
+    distributed_optimizer: bool = True,
+    bf16: bool = True,
+    fp32_build: bool = True,
+    freeze_language_model: bool = False,
+    freeze_vision_model: bool = False,
+    freeze_vision_projection: bool = False,
+    lora_dim: int = 0,
+    lora_target_modules: Sequence[str] = (),
+) -> MemoryEstimate:
+    """Estimate of one GPU's memory for full fine-tuning or LoRA without activation recomputation, PP = CP = 1.
+
+    text_tokens: padded text length of a micro batch's samples
+    tiles_per_image: real tiles; the tower always computes with max_num_tiles of them
+    fp32_build: weights come into being in fp32 and are then converted, as in NeMo: 6 bytes per parameter for a moment
+
+    Per trainable parameter, with d data-parallel ranks (Megatron-LM, docs/source/api-guide/dist_optimizer.md):
+      bf16: weights 2 + fp32 main gradients 4 + (fp32 master weights, exp_avg, exp_avg_sq) 12 / d bytes
+      fp32: weights 4 + gradients 4 + (exp_avg, exp_avg_sq) 8 / d bytes
+    A frozen parameter costs its weight only. LoRA (lora_dim > 0) freezes all else.
+    Activations: see `activation_bytes`.
+    """
+    tp = tensor_model_parallel_size
+    counts = parameter_counts(text, vision)
+    lora = lora_count(text, lora_dim, lora_target_modules) if lora_dim else Count(0)
+    frozen = {"tower": freeze_vision_model, "projector": freeze_vision_projection, "text": freeze_language_model}
+    trains = {part: not lora_dim and not frozen[part] for part in counts}
+
+    held = sum(count.per_rank(tp) for count in counts.values()) + lora.per_rank(tp)
+    trained = sum(count.per_rank(tp) for part, count in counts.items() if trains[part]) + lora.per_rank(tp)
+    element, state = (2, 12) if bf16 else (4, 8)
+    shards = data_parallel_size if distributed_optimizer else 1
+    return MemoryEstimate(
+        weights=element * held,
+        gradients=4 * trained,
+        optimizer=state * trained / shards,
+        activations=activation_bytes(
+            text,
+            vision,
+            micro_batch_size=micro_batch_size,
+            text_tokens=text_tokens,
+            images_per_sample=images_per_sample,
+            tiles_per_image=tiles_per_image,
+            tensor_model_parallel_size=tp,
+            sequence_parallel=sequence_parallel,
+            element_bytes=element,
+            text_weights_train=trains["text"],
+            projector_trains=trains["projector"],
+            tower_trains=trains["tower"],
+        ),
+        build=(4 + (element if bf16 else 0)) * held if fp32_build else element * held,
+    )
+
+
+def activation_bytes(
+    text: TextShape,
+    vision: VisionShape,
+    *,
+    micro_batch_size: int,
+    text_tokens: int,
+    images_per_sample: float,
+    tiles_per_image: float,
+    tensor_model_parallel_size: int,
+    sequence_parallel: bool,
+    element_bytes: int,
+    text_weights_train: bool,
+    projector_trains: bool,
+    tower_trains: bool,
+) -> float:
+    """What one micro batch keeps for the backward pass, plus the largest passing tensors (tower, logits).
+
+    Counted in the manner of Korthikanti et al. 2022 ("Reducing Activation Recomputation in Large Transformer
+    Models", section 4): one term per tensor that autograd keeps, flash attention (no score matrix), no dropout. What
+    lies before a column-parallel matrix is whole on each rank, unless sequence_parallel; what lies between column- and
+    row-parallel ones is divided. A matrix whose weights don't train needs no input kept; a LoRA factor does.
+    Fragmentation and kernels' workspaces are not counted.
+    """
+    tp = tensor_model_parallel_size
+    whole = tp if sequence_parallel else 1  # divisor of what lies outside the parallel regions
+    num_text = micro_batch_size * text_tokens
+    images = micro_batch_size * images_per_sample
+    num_seen = images * tiles_per_image * vision.tokens_per_tile  # vision tokens that cross-attention sees
+    num_computed = images * vision.max_num_tiles * vision.padded_tokens_per_tile  # tokens in the tower
+
+    h, f, q, k = text.hidden_size, text.ffn_hidden_size, text.query_size, text.key_size
+    full = int(text_weights_train)
+    # two norms' inputs, the attention matrices' input, the MLP's input; fc1's output, fc2's input
+    around = (3 + full) * h / whole + (2 + full) * f / tp
+    self_layer = around + (q + 2 * k) / tp + q / tp  # queries, keys, values; attention's output
+    cross_layer = around + 3 * q / tp  # queries before and after their norm; attention's output
+    cross_keys = 3 * k / tp  # keys before and after their norm, values
+    text_part = num_text * (text.num_layers * self_layer + text.num_cross_attention_layers * cross_layer)
+    keys_part = num_seen * (text.num_cross_attention_layers * cross_keys + h)
+    projector_part = num_seen * vision.projector_input_size * int(projector_trains or tower_trains)
+
+    logits = num_text * text.vocab_size / tp * (2 * element_bytes + 8)  # in compute precision and fp32, and gradients
+    tower = num_computed * element_bytes * _tower_elements(vision, tp, tower_trains)
+    kept = (text_part + keys_part + projector_part) * element_bytes
+    if tower_trains:
+        return kept + tower + logits
+    return max(kept + logits, tower)  # a frozen tower has let go of its memory when the logits come
+
+
+def _tower_elements(vision: VisionShape, tp: int, trains: bool) -> float:
+    """Elements per token: of all layers where they are kept for a backward pass, else of one layer at work."""
+    h, f = vision.hidden_size, vision.ffn_size
+    layer = 4 * h + (4 * h + 2 * f) / tp  # norms' inputs and outputs; q, k, v, attention's output; fc1's output, GELU's
+    layers = vision.num_layers + vision.num_global_layers if trains else 1
+    return layers * layer + vision.projector_input_size
+
+
+def tokens_per_step(
+    vision: VisionShape, *, global_batch_size: int, text_tokens: int, images_per_sample: float, tiles_per_image: float
+) -> dict[str, int]:
+    """{"text": padded text tokens at most, "vision": tokens of real tiles} of one optimizer step."""
+    seen = global_batch_size * images_per_sample * tiles_per_image * vision.tokens_per_tile
+    return {"text": global_batch_size * text_tokens, "vision": round(seen)}
