@@ -1,10 +1,10 @@
 """Exact attention for MLlama without a dense bias; the same code on a CPU and a GPU.
 
-NeMo's stock model adds a bias of (tokens x tokens) to every attention of the vision tower and of (text x image tokens) to
-every cross-attention. Both biases have so few distinct rows that a handful of unmasked calls says the same:
+NeMo's stock model adds a bias of (tokens x tokens) to every attention of the vision tower and of (text x image tokens)
+to every cross-attention. Both biases have so few distinct rows that a handful of unmasked calls says the same:
 
-- tower: the bias only forbids padding-to-padding pairs. With the real tokens sorted to the front, real queries see every
-  key and padding queries see the real keys: two calls per group of images that have the same number of real tokens.
+- tower: the bias only forbids padding-to-padding pairs. With the real tokens sorted to the front, real queries see
+  every key and padding queries see the real keys: two calls per group of images with equally many real tokens.
 - cross-attention: the keys of missing tiles are hidden from every row, so they are never computed; what is left is one
   call per (sample, run of text rows that see the same images). Rows that see no image give exactly 0.
 
@@ -14,6 +14,7 @@ What is called when is decided on the host, from the batch's CPU tensors, and tr
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -64,7 +65,7 @@ class CrossPlan:
         return any(run.keys for runs in self.samples for run in runs)
 
     def row_mask(self, like: Tensor) -> Tensor:
-        """(S, B, 1): 1 for rows that see an image, 0 for the others, on the device and in the dtype of `like` (S, B, H).
+        """(S, B, 1): 1 for rows that see an image, 0 for the others; device, dtype, S and B from `like` (S, B, H).
 
         Filled slice by slice, since a copy from the host would wait for the GPU's queue.
         """
@@ -101,7 +102,7 @@ def plan_cross_attention(
             cuts.update(min(max(row, 0), num_rows) for row in (visible_from[i], visible_until[i]))
         edges = sorted(cuts)
         runs = []
-        for first_row, end_row in zip(edges, edges[1:], strict=False):
+        for first_row, end_row in itertools.pairwise(edges):
             visible = [i for i in images if visible_from[i] <= first_row and end_row <= visible_until[i]]
             runs.append(Run(first_row, end_row, _join((first_key[i], first_key[i + 1]) for i in visible)))
         samples.append(tuple(runs))
@@ -198,7 +199,7 @@ class CrossAttention(_CoreAttention):
     def forward(
         self, query, key, value, attention_mask=None, attn_mask_type=None, attention_bias=None, packed_seq_params=None
     ) -> Tensor:
-        """query (S, B, heads, D), key and value (N, 1, groups, D) of all images, attention_bias a CrossPlan -> (S, B, heads * D)."""
+        """query (S, B, heads, D), key and value (N, 1, groups, D), attention_bias a CrossPlan -> (S, B, heads * D)."""
         return torch.cat(
             [
                 torch.cat([self._run(query[:, b : b + 1], key, value, run) for run in runs])

@@ -1,4 +1,7 @@
-"""Configs of MLlama: NeMo's dataclasses plus what NeMo hard-codes. NeMo saves constructor arguments only, so set all here."""
+"""Configs of MLlama: NeMo's dataclasses plus what NeMo hard-codes.
+
+NeMo's checkpoints keep constructor arguments only: an attribute set later is lost at export.
+"""
 
 from __future__ import annotations
 
@@ -115,8 +118,8 @@ class MLlamaConfig(MLlamaModelConfig):
     """The whole model.
 
     layers: transformer_engine, torch, or auto (TransformerEngine with a CUDA GPU, torch elsewhere)
-    freeze_language_model, freeze_vision_model, freeze_vision_projection: no gradients for the text decoder (cross-attention
-        included), the tower, the projector
+    freeze_language_model, freeze_vision_model, freeze_vision_projection: no gradients for the text decoder
+        (cross-attention included), the tower, the projector
     """
 
     layers: str = "auto"
@@ -136,8 +139,8 @@ class MLlamaConfig(MLlamaModelConfig):
     def configure_model(self, tokenizer=None, vp_stage=None):
         """Build the model (an MLlamaBase).
 
-        Raises UserError for what this model doesn't do (pipeline, context and sequence parallelism, fp8, full recompute)
-        and for sizes that don't fit each other.
+        Raises UserError for what this model doesn't do (pipeline, context and sequence parallelism, fp8, full
+        recompute) and for sizes that don't fit each other.
         """
         from vlmsft.mllama.model import MLlamaBase
 

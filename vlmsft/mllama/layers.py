@@ -1,7 +1,8 @@
 """The layers that MLlama is made of, from TransformerEngine or portable ones, chosen by one key.
 
-The portable classes have the same parameter names, the same sharding and the same checkpoint keys as TransformerEngine's,
-`_extra_state` included: a distributed checkpoint written with either loads into the other and into NeMo's stock classes.
+The portable classes have the same parameter names, the same sharding and the same checkpoint keys as
+TransformerEngine's, `_extra_state` included: a distributed checkpoint written with either loads into the other and into
+NeMo's stock classes.
 """
 
 from __future__ import annotations
@@ -107,9 +108,9 @@ class PortableNorm(nn.Module):
 class PortableNormLinear(ColumnParallelLinear):
     """A norm and a column-parallel linear in one, named as TELayerNormColumnParallelLinear: layer_norm_weight, weight.
 
-    return_layernorm_output: return ((output, normalised input), bias), as TransformerEngine's class does when NeMo's LoRA
-    sets this attribute: the adapter works on the normalised input. NeMo sets it on TransformerEngine's class only, so
-    `tell_wrapped_norms` does it for this one.
+    return_layernorm_output: return ((output, normalised input), bias), as TransformerEngine's class does when NeMo's
+    LoRA sets this attribute: the adapter works on the normalised input. NeMo sets it on TransformerEngine's class only,
+    so `tell_wrapped_norms` does it for this one.
     """
 
     def __init__(self, input_size: int, output_size: int, *, config, **kwargs):

@@ -47,9 +47,11 @@ class MLlamaBase(MLlamaBaseModel):
     ) -> Tensor:
         """Losses (B, S) when labels are given, logits (B, S, vocab_size / TP) otherwise.
 
-        tokens, position_ids, labels: (B, S) on the model's device. Positions are always 0, 1, 2, ... as in NeMo's model.
+        tokens, position_ids, labels: (B, S) on the model's device. Positions count from 0 whatever is given, as NeMo's.
         tiles: (T, 3, H, W) uint8 on the model's device, the real tiles of all I images in order
-        image_sample, num_tiles, aspect_ratio_ids, visible_from, visible_until: (I,) on the host, as in the batch contract
+        image_sample, num_tiles, aspect_ratio_ids: (I,) on the host: the sample an image belongs to, its real tiles,
+            HF's id of their arrangement
+        visible_from, visible_until: (I,) on the host: the text rows [from, until) that see the image
         Without images, or where no row sees one, the tower and the cross-attention layers are skipped (they would add
         exactly nothing) and their trainable parameters get a gradient of zero.
         """

@@ -17,7 +17,7 @@ _MODEL_INPUTS = ("tokens", "position_ids", "labels", "tiles", *HOST_TENSORS)
 def data_step(dataloader_iter: Iterator[Any]) -> dict[str, Any]:
     """The next batch with its DEVICE_TENSORS on this process' GPU (or left where they are without one).
 
-    Takes NeMo's (batch, batch index, loader index) as well as the bare batch. Copies don't block: pin the loader's memory.
+    Takes NeMo's (batch, batch index, loader index) as well as the bare batch. Copies don't wait if the loader pins.
     """
     batch = next(dataloader_iter)
     if isinstance(batch, tuple) and len(batch) == 3:

@@ -1,9 +1,9 @@
 """MLlama's vision tower and projector: uint8 tiles in, one flat sequence of projected image tokens out.
 
-NeMo's forward carries four tiles per image, padding tokens and all, through the tower and into the cross-attention. This
-one computes the same numbers, but sorts each image's real tokens to the front once, so that attention needs no bias
-(see attention.py) and everything behind the tower sees real tokens only. Missing tiles stay in the tower as zero pixels
-after normalisation: real tokens attend to them, and the weights were trained so.
+NeMo's forward carries four tiles per image, padding tokens and all, through the tower and into the cross-attention.
+This one computes the same numbers, but sorts each image's real tokens to the front once, so that attention needs no
+bias (see attention.py) and everything behind the tower sees real tokens only. Missing tiles stay in the tower as zero
+pixels after normalisation: real tokens attend to them, and the weights were trained so.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class TokenOrder:
         return TowerPlan(tuple(TowerGroup(first, end, tiles * self.num_tokens) for first, end, tiles in self.groups))
 
     def sort(self, x: Tensor) -> Tensor:
-        """(images, tiles, padded tokens, hidden), images in self.images' order -> (tiles * padded tokens, images, hidden)."""
+        """(images, tiles, padded tokens, hidden), ordered as self.images -> (tiles * padded tokens, images, hidden)."""
         return torch.cat([self._sort_group(x[first:end], tiles) for first, end, tiles in self.groups], dim=1)
 
     def _sort_group(self, x: Tensor, tiles: int) -> Tensor:
@@ -84,7 +84,7 @@ class TokenOrder:
         return torch.cat([part.flatten(1, 2) for part in parts], dim=1).transpose(0, 1).contiguous()
 
     def real(self, x: Tensor) -> Tensor:
-        """(tiles * padded tokens, images, hidden), sorted -> (real tokens of all images, hidden), in the batch's image order."""
+        """(tiles * padded tokens, images, hidden), sorted -> (real tokens, hidden) in the batch's image order."""
         by_image: dict[int, Tensor] = {}
         for first, end, tiles in self.groups:
             for position in range(first, end):
@@ -207,7 +207,7 @@ class VisionModel(MegatronModule):
         return self.vision_projection(features.unsqueeze(1))
 
     def normalise(self, tiles: Tensor) -> Tensor:
-        """uint8 (T, 3, H, W) -> (x / 255 - mean) / std in the tower's dtype, computed in fp32 as HF's image processor does."""
+        """uint8 (T, 3, H, W) -> (x / 255 - mean) / std, in fp32 as HF's image processor, then in the tower's dtype."""
         if self._statistics is None or self._statistics[0].device != tiles.device:
             shape = (1, CHANNELS, 1, 1)
             mean, std = (
