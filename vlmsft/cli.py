@@ -191,7 +191,7 @@ def key_exists(cfg: DictConfig, key: str) -> bool:
     for part in key.split("."):
         if not isinstance(node, DictConfig) or node._is_none() or node._is_missing() or node._is_interpolation():
             return isinstance(node, DictConfig) and node._is_interpolation() and _in_referent(node, part)
-        if part not in node.keys():
+        if part not in node:
             return False
         node = node._get_node(part)
     return True
@@ -199,7 +199,7 @@ def key_exists(cfg: DictConfig, key: str) -> bool:
 
 def _in_referent(node: DictConfig, part: str) -> bool:
     referent = node._maybe_dereference_node()
-    return isinstance(referent, DictConfig) and part in referent.keys()
+    return isinstance(referent, DictConfig) and part in referent
 
 
 def _unknown_key(base: DictConfig, loader, override: Override) -> Problem:
@@ -211,7 +211,9 @@ def _unknown_key(base: DictConfig, loader, override: Override) -> Problem:
     groups = [group for group in loader.get_group_options("", results_filter=ObjectType.GROUP)] if not parent else []
     hint = _nearest_path(parent, name, shown + groups, base)
     value = "" if override.is_delete() else f" (={override.get_value_element_as_str()})"
-    expected = f"a key of {parent}: {', '.join(shown)}" if shown and parent else "a key of the configuration"
+    expected = f"a key of {parent}" if shown and parent else "a key of the configuration"
+    if shown and parent and not hint:
+        expected += f": {', '.join(shown)}"
     remedy = hint or f"To pass an argument that the YAML doesn't show, write +{override.input_line}"
     return Problem(where=key, found=f"no such key{value}", expected=expected, remedy=remedy)
 
@@ -233,7 +235,7 @@ def leaf_paths(node: DictConfig, prefix: str = "") -> Iterator[str]:
     """Each key of the tree as it is typed, Hydra's own left out; interpolations are not followed."""
     if node._is_none() or node._is_missing() or node._is_interpolation():
         return
-    for key in node.keys():
+    for key in node:
         path = f"{prefix}{key}"
         if path == "hydra" or str(key).startswith("_"):
             continue

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import netrc
 import os
 import time
 from pathlib import Path
@@ -42,31 +41,20 @@ def absolute_path(path: str) -> str:
 
 
 def dtype_of(precision: str | int) -> str:
-    """'bfloat16' for 'bf16-mixed' and so on. An unknown precision comes back as it is, so that the translation names it."""
+    """'bfloat16' for 'bf16-mixed' and so on. An unknown precision comes back as it is: the translation names it."""
     return DTYPE_OF_PRECISION.get(str(precision), str(precision))
-
-
-def wandb_has_no_key() -> bool:
-    """True when W&B could not log in, by WANDB_API_KEY or by the ~/.netrc that `wandb login` writes: then it runs offline."""
-    if os.environ.get("WANDB_API_KEY"):
-        return False
-    host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").split("//")[-1].split("/")[0]
-    try:
-        return netrc.netrc().authenticators(host) is None
-    except (OSError, netrc.NetrcParseError):
-        return True
 
 
 def run_id() -> str:
     """The id of this run, the same on each rank of one launch, another for each job of a Hydra multirun.
 
-    VLMSFT_RUN_ID if set (a launcher hands it to its workers); under torchrun what the first rank to ask proposes, shared
-    through the agent's store; in a Slurm job its id, so that a requeued job continues its own run; else the time.
+    VLMSFT_RUN_ID if set (a launcher hands it to its workers); under torchrun what rank 0 proposes, shared through the
+    agent's store; in a Slurm job its id, so that a requeued job continues its own run; else the time.
     """
     return _run_id(_multirun_job())
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _run_id(job: str) -> str:
     environ = os.environ
     if environ.get("VLMSFT_RUN_ID"):
@@ -76,7 +64,7 @@ def _run_id(job: str) -> str:
     return _process_id() + job
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _process_id() -> str:
     """One per process, so that the jobs of a multirun differ in their number only."""
     return _slurm_id() or time.strftime("%Y%m%d-%H%M%S")
@@ -108,7 +96,7 @@ def _multirun_job() -> str:
 
 
 def _agree_through_torchrun(proposal: str, job: str) -> str:
-    """The first proposal to reach the store that torchrun's agent keeps. It outlives restarts of the workers: they resume."""
+    """Rank 0's first proposal, kept in the store of torchrun's agent, which outlives restarts of the workers."""
     from datetime import timedelta
 
     from torch.distributed import TCPStore
@@ -131,7 +119,6 @@ def register_resolvers() -> None:
         "folder_of": lambda path: os.path.dirname(path),
         "last_part_of": lambda path: os.path.basename(path),
         "dtype_of": dtype_of,
-        "wandb_has_no_key": wandb_has_no_key,
     }
     for name, function in resolvers.items():
         OmegaConf.register_new_resolver(name, function, replace=True)

@@ -1,0 +1,366 @@
+"""Every problem that can be known before a GPU is taken, all at once. Arithmetic on the config: no torch, no NeMo.
+
+What a value may be by itself (its type, a wrong name) recipe.py finds from NeMo's signatures. Here is how values fit
+each other, the machine and the files. A value that is absent or not set yet is no problem here: each check runs when
+all that it looks at is known.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from vlmsft.errors import Problem
+
+TEXT, VISION = "model.config.language_model_config", "model.config.vision_model_config"
+TENSOR_PARALLEL = "strategy.tensor_model_parallel_size"
+NUM_EXTRA_EMBEDDINGS = 8
+"""NeMo's learnable_embedding, the image token's among them; split over the tensor-parallel ranks as the others are."""
+CPU_STRATEGY = "vlmsft.runtime.cpu.CpuMegatronStrategy"
+
+
+def find_problems(cfg: DictConfig, world_size: int | None = None) -> list[Problem]:
+    """The problems of a config composed from conf/train.yaml.
+
+    world_size: number of processes; None = trainer.num_nodes x trainer.devices
+    """
+    facts = Facts(cfg, world_size)
+    return [problem for check in CHECKS for problem in check(facts)]
+
+
+class Facts:
+    """Values of the config by key; None where a value is absent, `???` or an interpolation that can't be resolved."""
+
+    def __init__(self, cfg: DictConfig, world_size: int | None):
+        self._cfg, self._world_size = cfg, world_size
+
+    def __getitem__(self, key: str) -> Any:
+        try:
+            value = OmegaConf.select(self._cfg, key, throw_on_missing=True)
+        except OmegaConfBaseException:
+            return None  # recipe.py names it
+        return list(value) if isinstance(value, ListConfig) else value
+
+    def whole(self, *keys: str) -> list[int] | None:
+        """The values as integers, or None if any of them isn't one."""
+        values = [self[key] for key in keys]
+        return values if all(type(value) is int for value in values) else None
+
+    @property
+    def world_size(self) -> int | None:
+        """Processes of the run; None where only the machine it runs on will tell (devices: auto)."""
+        if self._world_size is not None:
+            return self._world_size
+        devices = self["trainer.devices"]
+        num_devices = len(devices) if isinstance(devices, list) else devices
+        num_nodes = self["trainer.num_nodes"]
+        if type(num_devices) is not int or type(num_nodes) is not int or num_devices < 1:
+            return None
+        return num_devices * num_nodes
+
+    @property
+    def data_parallel_size(self) -> int | None:
+        """Copies of the model; None where unknown, or where tensor parallelism doesn't fit the processes."""
+        sizes = self.whole(TENSOR_PARALLEL)
+        if sizes is None or self.world_size is None or sizes[0] < 1 or self.world_size % sizes[0]:
+            return None
+        return self.world_size // sizes[0]
+
+    @property
+    def num_microbatches(self) -> int | None:
+        """Micro batches of a rank in an optimizer step."""
+        sizes = self.whole("data.global_batch_size", "data.micro_batch_size")
+        if sizes is None or self.data_parallel_size is None:
+            return None
+        share = sizes[1] * self.data_parallel_size
+        return None if share < 1 or sizes[0] % share else sizes[0] // share
+
+    @property
+    def validates(self) -> bool:
+        return self["data.validation_path"] is not None and self["trainer.limit_val_batches"] not in (0, 0.0)
+
+    @property
+    def runs_here(self) -> bool:
+        """Whether the files that the config names are those of this machine."""
+        return self["launch.executor"] is None
+
+
+# --- parallelism ------------------------------------------------------------------------------------------------------
+
+
+def untested_parallelism(facts: Facts) -> Iterator[Problem]:
+    allowed = {
+        "pipeline_model_parallel_size": 1,
+        "context_parallel_size": 1,
+        "expert_model_parallel_size": 1,
+        "encoder_pipeline_model_parallel_size": 0,
+        "virtual_pipeline_model_parallel_size": None,
+        "sequence_parallel": False,
+    }
+    for name, only in allowed.items():
+        found = facts[f"strategy.{name}"]
+        if found not in (only, None):
+            remedy = "No test covers it yet: more GPUs go into tensor_model_parallel_size or data parallelism"
+            yield Problem(f"strategy.{name}", str(found), "null" if only is None else str(only).lower(), remedy)
+
+
+def tensor_parallel_divides(facts: Facts) -> Iterator[Problem]:
+    size = facts[TENSOR_PARALLEL]
+    if type(size) is not int:
+        return
+    if size < 1:
+        yield Problem(TENSOR_PARALLEL, str(size), "at least 1")
+        return
+    split = [
+        f"{TEXT}.num_attention_heads",
+        f"{TEXT}.num_query_groups",
+        f"{TEXT}.hidden_size",
+        f"{TEXT}.ffn_hidden_size",
+        f"{TEXT}.vocab_size",
+        f"{VISION}.num_attention_heads",
+        f"{VISION}.hidden_size",
+        f"{VISION}.text_hidden_size",
+    ]
+    values = {key: facts[key] for key in split}
+    values["the extra embeddings"] = NUM_EXTRA_EMBEDDINGS
+    broken = [f"{key} {value}" for key, value in values.items() if type(value) is int and value % size]
+    if broken:
+        yield Problem(TENSOR_PARALLEL, str(size), f"a divisor of {', '.join(broken)}")
+
+
+def world_size_fits(facts: Facts) -> Iterator[Problem]:
+    sizes = facts.whole(TENSOR_PARALLEL)
+    if sizes is None or facts.world_size is None or sizes[0] < 1:
+        return
+    if facts.world_size % sizes[0]:
+        expected = f"trainer.num_nodes x trainer.devices as a multiple of {TENSOR_PARALLEL} {sizes[0]}"
+        yield Problem("trainer.devices", f"{facts.world_size} processes in all", expected)
+
+
+def cpu_and_gpu(facts: Facts) -> Iterator[Problem]:
+    on_cpu, accelerator = facts["strategy._target_"] == CPU_STRATEGY, facts["trainer.accelerator"]
+    if on_cpu and str(facts["precision"]) != "32":
+        yield Problem("precision", repr(facts["precision"]), "'32' with strategy=cpu")
+    if on_cpu and accelerator != "cpu":
+        yield Problem("trainer.accelerator", repr(accelerator), "'cpu' with strategy=cpu")
+    if not on_cpu and accelerator == "cpu":
+        yield Problem("trainer.accelerator", "'cpu'", f"'gpu' with {facts['strategy._target_']}", "Or strategy=cpu")
+    if on_cpu and facts["model.config.layers"] == "transformer_engine":
+        yield Problem("model.config.layers", "'transformer_engine'", "'torch' or 'auto' with strategy=cpu")
+
+
+# --- batches and steps ------------------------------------------------------------------------------------------------
+
+
+def batch_divides(facts: Facts) -> Iterator[Problem]:
+    sizes = facts.whole("data.global_batch_size", "data.micro_batch_size")
+    if sizes is None:
+        return
+    too_small = [
+        Problem(f"data.{name}", str(size), "at least 1")
+        for name, size in zip(("global_batch_size", "micro_batch_size"), sizes, strict=True)
+        if size < 1
+    ]
+    yield from too_small
+    if too_small or facts.data_parallel_size is None:
+        return
+    share = sizes[1] * facts.data_parallel_size
+    if sizes[0] % share:
+        expected = (
+            f"a multiple of {share} = data.micro_batch_size {sizes[1]} x data-parallel size {facts.data_parallel_size}"
+        )
+        remedy = f"For example {max(share, sizes[0] // share * share)}"
+        yield Problem("data.global_batch_size", str(sizes[0]), expected, remedy)
+
+
+def steps(facts: Facts) -> Iterator[Problem]:
+    max_steps = facts["trainer.max_steps"]
+    if type(max_steps) is not int:
+        return
+    if max_steps < 1:
+        remedy = "The data never ends, and the learning rate's schedule is as long as the run"
+        yield Problem("trainer.max_steps", str(max_steps), "at least 1", remedy)
+        return
+    interval = facts["trainer.val_check_interval"]
+    if type(interval) is float and facts.validates:
+        yield Problem("trainer.val_check_interval", str(interval), "a whole number of steps")
+    elif type(interval) is int and interval < 1:
+        yield Problem("trainer.val_check_interval", str(interval), "at least 1")
+    elif type(interval) is int and interval > max_steps and facts.validates:
+        remedy = "The run would end without a validation. Without one on purpose: data.validation_path=null"
+        yield Problem("trainer.val_check_interval", str(interval), f"at most trainer.max_steps {max_steps}", remedy)
+    accumulate = facts["trainer.accumulate_grad_batches"]
+    if type(accumulate) is int and accumulate != 1:
+        remedy = "Megatron accumulates by itself: set data.global_batch_size"
+        yield Problem("trainer.accumulate_grad_batches", str(accumulate), "1", remedy)
+
+
+def validation_batches(facts: Facts) -> Iterator[Problem]:
+    limit, num_microbatches = facts["trainer.limit_val_batches"], facts.num_microbatches
+    where = "trainer.limit_val_batches"
+    if type(limit) is float and limit not in (0.0, 1.0):
+        remedy = "A fraction may cut a global batch in two"
+        yield Problem(where, str(limit), "1.0 (all), 0, or a number of micro batches", remedy)
+    if type(limit) is int and num_microbatches and limit % num_microbatches:
+        expected = f"a multiple of {num_microbatches}, the micro batches that a rank computes in a step; or 1.0 for all"
+        yield Problem(where, str(limit), expected, f"For example {-(-limit // num_microbatches) * num_microbatches}")
+
+
+def validation_is_needed(facts: Facts) -> Iterator[Problem]:
+    if facts.validates or facts["data.train_path"] is None:
+        return
+    monitor = facts["log.ckpt.monitor"]
+    if isinstance(monitor, str) and monitor.startswith("val"):
+        yield Problem(
+            "log.ckpt.monitor", repr(monitor), "a metric of training", "There is no validation: reduced_train_loss"
+        )
+    if facts["trainer.callbacks.early_stopping"] is not None:
+        yield Problem("trainer.callbacks.early_stopping", "early stopping", "null", "There is no validation to stop by")
+
+
+def learning_rate(facts: Facts) -> Iterator[Problem]:
+    highest, lowest = facts["optim.max_lr"], facts["optim.min_lr"]
+    if isinstance(highest, (int, float)) and isinstance(lowest, (int, float)) and lowest > highest:
+        yield Problem("optim.min_lr", str(lowest), f"at most optim.max_lr {highest}")
+    counts = facts.whole("optim.warmup_steps", "optim.constant_steps", "trainer.max_steps")
+    if counts is not None and counts[0] + counts[1] >= counts[2] > 0:
+        expected = f"less than trainer.max_steps {counts[2]}"
+        yield Problem("optim.warmup_steps", f"{counts[0]} and optim.constant_steps {counts[1]}", expected)
+
+
+# --- sizes ------------------------------------------------------------------------------------------------------------
+
+
+def text_sizes(facts: Facts) -> Iterator[Problem]:
+    for multiple, unit in (("hidden_size", "num_attention_heads"), ("num_attention_heads", "num_query_groups")):
+        yield from _multiple_of(facts, f"{TEXT}.{multiple}", f"{TEXT}.{unit}")
+    layers = facts.whole(f"{TEXT}.num_cross_attention_layers", f"{TEXT}.num_layers")
+    if layers is not None and layers[0] > layers[1]:
+        where = f"{TEXT}.num_cross_attention_layers"
+        yield Problem(where, str(layers[0]), f"at most {TEXT}.num_layers {layers[1]}")
+    lengths = facts.whole("data.decoder_seq_length", f"{TEXT}.seq_length")
+    if lengths is not None and lengths[0] > lengths[1]:
+        yield Problem("data.decoder_seq_length", str(lengths[0]), f"at most {TEXT}.seq_length {lengths[1]}")
+
+
+def vision_sizes(facts: Facts) -> Iterator[Problem]:
+    yield from _multiple_of(facts, f"{VISION}.hidden_size", f"{VISION}.num_attention_heads")
+    yield from _multiple_of(facts, f"{VISION}.vision_chunk_size", f"{VISION}.patch_size")
+    for one, other in (
+        (f"{VISION}.text_hidden_size", f"{TEXT}.hidden_size"),
+        (f"{VISION}.max_num_tiles", f"{VISION}.vision_max_num_chunks"),
+    ):
+        values = facts.whole(one, other)
+        if values is not None and values[0] != values[1]:
+            yield Problem(one, str(values[0]), f"{values[1]}, as {other}")
+    indices, num_layers = facts[f"{VISION}.intermediate_layers_indices"], facts[f"{VISION}.num_layers"]
+    if isinstance(indices, list) and type(num_layers) is int:
+        wrong = [index for index in indices if type(index) is int and not 0 <= index < num_layers]
+        if wrong or indices != sorted(set(indices)):
+            expected = f"increasing numbers below {VISION}.num_layers {num_layers}"
+            yield Problem(f"{VISION}.intermediate_layers_indices", str(indices), expected)
+    sizes = facts.whole(
+        "data.seq_length", f"{VISION}.vision_chunk_size", f"{VISION}.patch_size", f"{VISION}.max_num_tiles"
+    )
+    if sizes is not None and sizes[2] > 0:
+        tokens = ((sizes[1] // sizes[2]) ** 2 + 1) * sizes[3]
+        if sizes[0] != tokens:
+            expected = f"{tokens}, the vision tokens of an image: {sizes[3]} tiles of {tokens // sizes[3]}"
+            yield Problem("data.seq_length", str(sizes[0]), expected)
+
+
+def _multiple_of(facts: Facts, multiple: str, unit: str) -> Iterator[Problem]:
+    values = facts.whole(multiple, unit)
+    if values is not None and (values[1] < 1 or values[0] % values[1]):
+        yield Problem(multiple, str(values[0]), f"a multiple of {unit} {values[1]}")
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+def processor_fits(facts: Facts) -> Iterator[Problem]:
+    """A processor in a folder tells what it makes; one on the hub is looked at by the data module."""
+    processor = facts["processor"]
+    if not isinstance(processor, str) or not _is_path(processor) or not facts.runs_here:
+        return
+    folder = Path(processor)
+    if not folder.is_dir():
+        yield Problem("processor", repr(processor), "a folder, or the id of a repository on the Hugging Face hub")
+        return
+    image, tokenizer = _json(folder / "preprocessor_config.json"), _json(folder / "tokenizer_config.json")
+    made = {
+        f"{VISION}.vision_chunk_size": image.get("size", {}).get("height"),
+        f"{VISION}.max_num_tiles": image.get("max_image_tiles"),
+        f"{TEXT}.vocab_size": _image_token_id(tokenizer),
+    }
+    for key, value in made.items():
+        if type(value) is int and type(facts[key]) is int and facts[key] != value:
+            yield Problem(key, str(facts[key]), f"{value}, as in the processor {processor}")
+
+
+def _image_token_id(tokenizer: dict) -> int | None:
+    """The id of <|image|>, which is the vocabulary's size: its embedding is the first of the extra ones."""
+    for token_id, token in tokenizer.get("added_tokens_decoder", {}).items():
+        if token.get("content") == "<|image|>":
+            return int(token_id)
+    return None
+
+
+def _json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}  # transformers says what is wrong with it
+
+
+def _is_path(name: str) -> bool:
+    return name.startswith(("/", "./", "../", "~")) or name.count("/") > 1 or Path(name).is_dir()
+
+
+def checkpoint_exists(facts: Facts) -> Iterator[Problem]:
+    path = facts["restore_from"]
+    if isinstance(path, str) and "://" not in path and facts.runs_here and not Path(path).expanduser().is_dir():
+        remedy = "Fresh random weights on purpose: restore_from=null"
+        yield Problem("restore_from", repr(path), "the folder of a NeMo checkpoint", remedy)
+
+
+def data_files(facts: Facts) -> Iterator[Problem]:
+    """What vlmsft.data finds in the files, on the first process of a run only: the others would repeat it."""
+    if not facts.runs_here or os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) != "0":
+        return
+    if facts["data.check_files"] is False:
+        return
+    for key in ("data.train_path", "data.validation_path"):
+        path, image_folder = facts[key], facts["data.image_folder"]
+        if not isinstance(path, str):
+            continue
+        if not Path(path).is_file():
+            yield Problem(key, repr(path), "a JSON or JSONL file of records")
+            continue
+        from vlmsft.data.records import find_problems as problems_of_file
+
+        yield from problems_of_file(path, image_folder)
+
+
+CHECKS: tuple[Callable[[Facts], Iterator[Problem]], ...] = (
+    untested_parallelism,
+    tensor_parallel_divides,
+    world_size_fits,
+    cpu_and_gpu,
+    batch_divides,
+    steps,
+    validation_batches,
+    validation_is_needed,
+    learning_rate,
+    text_sizes,
+    vision_sizes,
+    processor_fits,
+    checkpoint_exists,
+    data_files,
+)
