@@ -13,6 +13,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import hydra
 from hydra._internal.utils import get_args_parser
@@ -20,7 +21,7 @@ from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import CompactHydraException, OverrideParseException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from vlmsft.config_files import register_resolvers, root
@@ -186,26 +187,25 @@ def _wrong_value(config_name: str, usable: list[str], base: DictConfig, loader, 
 
 
 def key_exists(cfg: DictConfig, key: str) -> bool:
-    """Whether the dotted `key` stands in `cfg`, without resolving anything."""
-    node = cfg
-    for part in key.split("."):
-        if not isinstance(node, DictConfig) or node._is_none() or node._is_missing() or node._is_interpolation():
-            return isinstance(node, DictConfig) and node._is_interpolation() and _in_referent(node, part)
-        if part not in node:
-            return False
-        node = node._get_node(part)
-    return True
+    """Whether the dotted `key` stands in `cfg`; its own value is not resolved."""
+    parent, _, name = key.rpartition(".")
+    node = _select(cfg, parent)
+    if isinstance(node, ListConfig):
+        return name.isdigit() and int(name) < len(node)
+    return isinstance(node, DictConfig) and name in node
 
 
-def _in_referent(node: DictConfig, part: str) -> bool:
-    referent = node._maybe_dereference_node()
-    return isinstance(referent, DictConfig) and part in referent
+def _select(cfg: DictConfig, key: str) -> Any:
+    try:
+        return OmegaConf.select(cfg, key) if key else cfg
+    except OmegaConfBaseException:
+        return None
 
 
 def _unknown_key(base: DictConfig, loader, override: Override) -> Problem:
     key = override.key_or_group
     parent, _, name = key.rpartition(".")
-    node = OmegaConf.select(base, parent) if parent and key_exists(base, parent) else base if not parent else None
+    node = _select(base, parent)
     siblings = [str(child) for child in node] if isinstance(node, DictConfig) else []
     shown = [child for child in siblings if not child.startswith("_") and child != "hydra"]
     groups = [group for group in loader.get_group_options("", results_filter=ObjectType.GROUP)] if not parent else []
