@@ -73,6 +73,9 @@ class MetricsFile(Callback):
         self._started = time.monotonic()
         self._last_time, self._last_step = self._started, trainer.global_step
 
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self._lr = learning_rate(trainer)  # at the step's end the scheduler has already set the next one's
+
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ):

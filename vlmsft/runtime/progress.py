@@ -72,6 +72,9 @@ class TrainProgress(ProgressBar):
             self._bar.add_task("validation", total=None, visible=False)
             self._bar.start()
 
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self._lr = learning_rate(trainer)  # at the step's end the scheduler has already set the next one's
+
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ):
