@@ -30,7 +30,7 @@ TILE = 112
 VOCAB_SIZE = 512  # rows of the embedding proper: 256 bytes, merges, 16 special tokens; <|image|> comes behind them
 
 SUBJECT = "何が写っていますか？"
-COLOUR = "主な色は何色ですか？"
+COLOUR = "目立つ色は何色ですか？"
 PLACE = "屋内ですか、屋外ですか、宇宙ですか？"
 KIND = "どんな種類の写真ですか？"
 SENTENCE = "一文で説明してください。"
@@ -102,7 +102,7 @@ PHOTOS = [
     ),
     Photo(
         "rocket", SKIMAGE + "rocket.jpg", "SpaceX", PUBLIC,
-        "ロケット", "紺色", "乗り物", "屋外", "夜明けの空の下にロケットが立っています。",
+        "ロケット", "紺色", "乗り物", "屋外", "暗い空の下にロケットが立っています。",
     ),
     Photo("handwriting", SKIMAGE + "text.png", "Wikipedia (Corner.png)", PUBLIC, "手書きの数式", "灰色", "文字"),
     Photo(
@@ -115,7 +115,7 @@ PHOTOS = [
     ),
     Photo(
         "officer", "matplotlib/mpl-data/sample_data/grace_hopper.jpg", "United States Navy (James S. Davis)", PUBLIC,
-        "海軍の軍人", "紺色", "人物", "屋内", "軍服の女性が旗の前に座っています。",
+        "海軍の軍人", "紺色", "人物", "屋内", "軍服の女性が旗の前にいます。",
     ),
     Photo(
         "raccoon", "scipy/misc/face.dat", "public-domain-image.com", PUBLIC,
@@ -323,9 +323,8 @@ def main() -> None:
     head, _ = (SAMPLE / "README.md").read_text(encoding="utf-8").split("| photograph |", 1)
     (SAMPLE / "README.md").write_text(head + readme_table() + "\n", encoding="utf-8")
     size = sum(file.stat().st_size for file in SAMPLE.rglob("*") if file.is_file())
-    print(
-        f"{len(PHOTOS)} photographs, {len(train)} train and {len(validation)} validation records, {size / 2**20:.2f} MiB"
-    )
+    records = f"{len(train)} train and {len(validation)} validation records"
+    print(f"{len(PHOTOS)} photographs, {records}, {size / 2**20:.2f} MiB")
 
 
 if __name__ == "__main__":

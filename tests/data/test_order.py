@@ -1,0 +1,81 @@
+from itertools import islice
+
+import numpy as np
+import pytest
+
+from vlmsft.data.order import EvaluationOrder, Share, TrainOrder, epoch_order
+
+
+def global_batches(micro, size, count, consumed=0, num_samples=50, global_batch_size=8):
+    """Sets of the first `count` global batches, put together from all ranks' micro batches."""
+    streams = []
+    for rank in range(size):
+        share = Share(micro, global_batch_size, rank, size)
+        stream = iter(TrainOrder(num_samples, 7, consumed, share))
+        streams.append([list(islice(stream, share.num_microbatches)) for _ in range(count)])
+    batches = [[i for stream in streams for micro_batch in stream[k] for i in micro_batch] for k in range(count)]
+    assert all(len(batch) == global_batch_size for batch in batches)
+    return [sorted(batch) for batch in batches]
+
+
+@pytest.mark.parametrize(("micro", "size"), [(1, 2), (2, 2), (2, 4), (8, 1), (1, 8), (4, 1)])
+def test_global_batches_do_not_depend_on_ranks_or_micro_batch_size(micro, size):
+    assert global_batches(micro, size, 14) == global_batches(1, 1, 14)
+
+
+@pytest.mark.parametrize("num_samples", [50, 8, 3])
+def test_every_sample_comes_once_in_each_epoch(num_samples):
+    stream = iter(TrainOrder(num_samples, 7, 0, Share(1, 8, 0, 1)))
+    seen = [index for batch in islice(stream, 4 * num_samples) for index in batch]
+    epochs = [seen[n * num_samples : (n + 1) * num_samples] for n in range(4)]
+    assert [sorted(epoch) for epoch in epochs] == [list(range(num_samples))] * 4
+    assert num_samples == 3 or epochs[0] != epochs[1]
+
+
+def test_a_resumed_stream_continues_exactly_across_epochs_and_shapes():
+    whole = global_batches(1, 1, 20)
+    assert global_batches(1, 1, 10, consumed=80) == whole[10:]
+    assert global_batches(2, 4, 10, consumed=80) == whole[10:]  # on other hardware
+
+
+def test_resume_with_another_global_batch_size_goes_on_behind_the_consumed_samples():
+    whole = [i for batch in islice(TrainOrder(50, 7, 0, Share(1, 8, 0, 1)), 100) for i in batch]
+    resumed = [i for batch in islice(TrainOrder(50, 7, 24, Share(2, 4, 0, 1)), 20) for i in batch]
+    assert resumed == whole[24:64]
+
+
+def test_the_order_depends_on_seed_and_epoch_only():
+    assert epoch_order(50, 1, 0).tolist() == epoch_order(50, 1, 0).tolist()
+    assert len({tuple(epoch_order(50, seed, epoch)) for seed in range(3) for epoch in range(3)}) == 9
+
+
+@pytest.mark.parametrize("num_samples", [1, 7, 8, 21])
+@pytest.mark.parametrize(("micro", "size"), [(1, 1), (2, 2), (1, 4), (4, 2)])
+def test_evaluation_is_complete_ordered_repeatable_and_even(num_samples, micro, size):
+    orders = [EvaluationOrder(num_samples, Share(micro, 8, rank, size)) for rank in range(size)]
+    streams = [list(order) for order in orders]
+    assert streams == [list(order) for order in orders]
+    assert {len(stream) for stream in streams} == {len(orders[0])}
+    assert len(orders[0]) % Share(micro, 8, 0, size).num_microbatches == 0
+    assert {len(batch) for stream in streams for batch in stream} == {micro}
+    # micro batch m of all ranks, one after the other, is the file's order
+    seen = np.array(streams).transpose(1, 0, 2).reshape(-1)
+    assert seen[:num_samples].tolist() == list(range(num_samples))
+    assert (seen[num_samples:] < 0).all()  # fill carries no loss
+    assert (~seen[num_samples:] < num_samples).all()
+
+
+def test_each_step_of_an_evaluation_has_a_sample_that_counts():
+    for num_samples in range(1, 30):
+        order = EvaluationOrder(num_samples, Share(1, 8, 0, 1))
+        steps = np.array(list(order)).reshape(-1, 8)
+        assert (steps >= 0).any(axis=1).all()
+
+
+def test_bad_shapes_are_refused():
+    with pytest.raises(ValueError, match="isn't a multiple of micro_batch_size 3 x data-parallel size 2"):
+        Share(3, 8, 0, 2)
+    with pytest.raises(ValueError, match="no sample"):
+        TrainOrder(0, 0, 0, Share(1, 1, 0, 1))
+    with pytest.raises(ValueError, match="no sample"):
+        EvaluationOrder(0, Share(1, 1, 0, 1))
