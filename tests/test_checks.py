@@ -1,0 +1,147 @@
+"""How values must fit each other. Every check is shown a config that breaks it, and the shipped configs break none."""
+
+import json
+
+import pytest
+from config_cases import DATA, compose
+
+from vlmsft.checks import CHECKS, Facts, find_problems
+
+TEXT, VISION = "model.config.language_model_config", "model.config.vision_model_config"
+ELSEWHERE = "launch.executor={_target_: x}"  # the files are another machine's
+
+
+def problems(*overrides, world_size=None):
+    return find_problems(compose(*overrides), world_size)
+
+
+@pytest.mark.parametrize("experiment", ["llava_instruct_ja", "lora"])
+def test_shipped_experiments_have_none(experiment):
+    assert problems(f"experiment={experiment}", *DATA, ELSEWHERE) == []
+
+
+def test_90b_has_none_with_eight_way_tensor_parallelism():
+    overrides = ["model=mllama_90b", "peft=lora", "strategy.tensor_model_parallel_size=8", *DATA, ELSEWHERE]
+    assert problems(*overrides) == []
+
+
+def test_demo_has_none():
+    assert problems("experiment=demo") == []
+
+
+CASES = [
+    # overrides of experiment=demo, the key that is named, a part of what was expected
+    (["strategy.pipeline_model_parallel_size=2"], "strategy.pipeline_model_parallel_size", "1"),
+    (["strategy.context_parallel_size=2"], "strategy.context_parallel_size", "1"),
+    (["strategy.sequence_parallel=true"], "strategy.sequence_parallel", "false"),
+    (["strategy.expert_model_parallel_size=2"], "strategy.expert_model_parallel_size", "1"),
+    (["strategy.encoder_pipeline_model_parallel_size=1"], "strategy.encoder_pipeline_model_parallel_size", "0"),
+    (["strategy.virtual_pipeline_model_parallel_size=2"], "strategy.virtual_pipeline_model_parallel_size", "null"),
+    (
+        ["strategy.tensor_model_parallel_size=3", "trainer.devices=3"],
+        "strategy.tensor_model_parallel_size",
+        "num_attention_heads 4",
+    ),
+    (["strategy.tensor_model_parallel_size=0"], "strategy.tensor_model_parallel_size", "at least 1"),
+    (["strategy.tensor_model_parallel_size=2"], "trainer.devices", "multiple of"),
+    (["precision=bf16-mixed"], "precision", "'32'"),
+    (["strategy=megatron", "trainer.accelerator=cpu"], "trainer.accelerator", "'gpu'"),
+    (["trainer.accelerator=gpu"], "trainer.accelerator", "'cpu'"),
+    (["model.config.layers=transformer_engine"], "model.config.layers", "'torch'"),
+    (["data.global_batch_size=7", "data.micro_batch_size=2"], "data.global_batch_size", "a multiple of 2"),
+    (["data.micro_batch_size=0"], "data.micro_batch_size", "at least 1"),
+    (["trainer.max_steps=-1", "optim.warmup_steps=0"], "trainer.max_steps", "at least 1"),
+    (["trainer.val_check_interval=100000"], "trainer.val_check_interval", "at most trainer.max_steps"),
+    (["trainer.val_check_interval=0.5"], "trainer.val_check_interval", "a whole number"),
+    (["trainer.val_check_interval=0"], "trainer.val_check_interval", "at least 1"),
+    (["trainer.accumulate_grad_batches=2"], "trainer.accumulate_grad_batches", "1"),
+    (["trainer.limit_val_batches=0.5"], "trainer.limit_val_batches", "1.0"),
+    (
+        ["trainer.limit_val_batches=3", "data.micro_batch_size=4", "data.global_batch_size=8"],
+        "trainer.limit_val_batches",
+        "a multiple of 2",
+    ),
+    (["data.validation_path=null"], "log.ckpt.monitor", "a metric of training"),
+    (
+        ["trainer.limit_val_batches=0", "log.ckpt.monitor=null", "early_stopping=val_loss"],
+        "trainer.callbacks.early_stopping",
+        "null",
+    ),
+    (["optim.max_lr=1e-9"], "optim.min_lr", "at most optim.max_lr"),
+    (["optim.warmup_steps=100000"], "optim.warmup_steps", "less than trainer.max_steps"),
+    ([f"{TEXT}.num_query_groups=3"], f"{TEXT}.num_attention_heads", "a multiple of"),
+    ([f"{TEXT}.num_cross_attention_layers=9"], f"{TEXT}.num_cross_attention_layers", "at most"),
+    (["data.decoder_seq_length=4096"], "data.decoder_seq_length", "at most"),
+    ([f"{VISION}.num_attention_heads=5"], f"{VISION}.hidden_size", "a multiple of"),
+    ([f"{VISION}.patch_size=15"], f"{VISION}.vision_chunk_size", "a multiple of"),
+    ([f"{VISION}.text_hidden_size=64"], f"{VISION}.text_hidden_size", "128"),
+    ([f"{VISION}.vision_max_num_chunks=2"], f"{VISION}.max_num_tiles", "2"),
+    ([f"{VISION}.intermediate_layers_indices=[1,99]"], f"{VISION}.intermediate_layers_indices", "increasing"),
+    (["data.seq_length=6404"], "data.seq_length", "260"),
+    ([f"{TEXT}.vocab_size=1024"], f"{TEXT}.vocab_size", "512"),
+    (["processor=/nowhere/at/all"], "processor", "a folder"),
+    (["restore_from=/nowhere/at/all"], "restore_from", "NeMo checkpoint"),
+    (["data.train_path=/nowhere/train.jsonl"], "data.train_path", "a JSON or JSONL file"),
+    (["data.image_folder=/nowhere"], "/nowhere", "the folder"),
+]
+
+
+@pytest.mark.parametrize(("overrides", "where", "expected"), CASES, ids=[" ".join(case[0]) for case in CASES])
+def test_problem_is_named(overrides, where, expected):
+    found = {problem.where: problem for problem in problems("experiment=demo", *overrides)}
+    assert where in found, list(found)
+    assert expected in found[where].expected
+
+
+def test_all_at_once():
+    found = problems(
+        "experiment=demo", "strategy.pipeline_model_parallel_size=2", "optim.min_lr=9", "precision=16-mixed"
+    )
+    assert {problem.where for problem in found} == {
+        "strategy.pipeline_model_parallel_size",
+        "optim.min_lr",
+        "precision",
+    }
+
+
+def test_every_check_has_a_case():
+    caught = set()
+    for overrides, where, _ in CASES:
+        cfg = compose("experiment=demo", *overrides)
+        caught |= {check for check in CHECKS if any(p.where == where for p in check(Facts(cfg, None)))}
+    assert caught == set(CHECKS)
+
+
+def test_world_size_comes_from_the_launch_when_it_is_known():
+    overrides = ["experiment=demo", "trainer.devices=auto", "strategy.tensor_model_parallel_size=2"]
+    assert problems(*overrides) == []
+    assert [problem.where for problem in problems(*overrides, world_size=3)] == ["trainer.devices"]
+
+
+def test_what_is_not_set_is_left_to_the_translation():
+    assert problems("experiment=llava_instruct_ja") == []
+    cfg = compose("experiment=demo").copy()
+    cfg.data.global_batch_size = "${no.such.key}"
+    assert find_problems(cfg) == []
+
+
+def test_files_of_another_machine_are_not_looked_for():
+    assert problems("experiment=demo", "data.train_path=/elsewhere/t.jsonl", ELSEWHERE) == []
+
+
+def test_only_the_first_process_reads_the_data(monkeypatch):
+    broken = ["experiment=demo", "data.train_path=/nowhere/t.jsonl"]
+    assert problems(*broken)
+    monkeypatch.setenv("RANK", "1")
+    assert problems(*broken) == []
+
+
+def test_broken_record_is_named_with_its_line(tmp_path):
+    path = tmp_path / "train.jsonl"
+    record = {
+        "image": "nowhere.jpg",
+        "conversations": [{"from": "human", "value": "<image>\n?"}, {"from": "gpt", "value": "!"}],
+    }
+    path.write_text(json.dumps(record) + "\n{broken\n")
+    where = " ".join(problem.where for problem in problems("experiment=demo", f"data.train_path={path}"))
+    assert f"{path}:1" in where and f"{path}:2" in where

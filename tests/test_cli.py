@@ -1,0 +1,104 @@
+"""Wrong overrides: all of them in one message, each with its nearest name, exit code 2, no traceback."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from vlmsft.cli import command
+from vlmsft.config_files import root
+from vlmsft.errors import Problem, UserError
+
+
+@command("train")
+def main(cfg):
+    print("STARTED", os.environ.get("HYDRA_FULL_ERROR"))
+    if cfg.seed == 1:
+        raise UserError(Problem("seed", "1", "another"))
+    if cfg.seed == 2:
+        raise ZeroDivisionError
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Runs main() with arguments: exit code, stdout, stderr."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["train", *arguments])
+        code = 0
+        try:
+            main()
+        except SystemExit as end:
+            code = end.code
+        return code, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def refused(run):
+    def refused(*arguments):
+        code, out, message = run(*arguments)
+        assert code == 2
+        assert "Traceback" not in message and "STARTED" not in out
+        return message
+
+    return refused
+
+
+def test_misspelt_key_names_the_right_one(refused):
+    message = refused("experiment=demo", "optim.max_lrr=1")
+    assert "optim.max_lrr" in message and "'optim.max_lr'" in message
+    assert message.startswith("1 problem ")
+
+
+def test_all_at_once(refused):
+    message = refused(
+        "experiment=demos",
+        "optim.max_lrr=1",
+        "stratgy=cpu",
+        "data=energy",
+        "name=[1,",
+        "max_steps=3",
+        "trainer.strategy.sequence_parallel=true",
+    )
+    assert message.startswith("7 problems ")
+    for expected in (
+        "experiment: found 'demos', expected one of demo, llava_instruct_ja, lora. Did you mean 'demo'?",
+        "Did you mean 'optim.max_lr'?",
+        "Did you mean 'strategy'?",
+        "data: found 'energy', expected one of preloaded",
+        "name: found 'name=[1,'",
+        "Did you mean 'trainer.max_steps'?",
+        "Write strategy.sequence_parallel=true",
+    ):
+        assert expected in message
+
+
+def test_option_of_a_sweep_that_does_not_exist(refused):
+    assert "model: found 'mllama_12b'" in refused("-m", "model=mllama_tiny,mllama_12b", "experiment=demo")
+
+
+@pytest.mark.parametrize("override", ["~optim.max_lrr", "+seed=3", "hydra.nonsense=1", "experiment=[]x"])
+def test_what_hydra_refuses_ends_in_our_message(refused, override):
+    assert "in the configuration; nothing was started" in refused(override)
+
+
+def test_user_error_of_the_command(run):
+    code, out, message = run("seed=1")
+    assert code == 2 and "STARTED None" in out, "child processes of a command don't inherit HYDRA_FULL_ERROR"
+    assert message == "1 problem in the configuration; nothing was started:\n  seed: found 1, expected another\n"
+    assert "HYDRA_FULL_ERROR" not in os.environ
+
+
+def test_a_bug_is_raised(run):
+    with pytest.raises(ZeroDivisionError):
+        run("seed=2")
+
+
+def test_exit_code_of_a_process():
+    code = "from vlmsft.cli import command\n@command('train')\ndef main(cfg): pass\nmain()"
+    arguments = ["experiment=demo", "optim.max_lrr=1"]
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, cwd=root())
+    assert done.returncode == 2 and "'optim.max_lr'" in done.stderr and "Traceback" not in done.stderr
