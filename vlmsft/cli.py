@@ -21,7 +21,7 @@ from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import CompactHydraException, OverrideParseException
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, Node, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from vlmsft.config_files import register_resolvers, root
@@ -175,6 +175,10 @@ def _choices(override: Override) -> list:
 
 def _wrong_value(config_name: str, usable: list[str], base: DictConfig, loader, override: Override) -> list[Problem]:
     key = override.key_or_group
+    owner = _behind_interpolations(base, key)
+    if owner != key:
+        remedy = f"Write {override.input_line.replace(key, owner, 1)}"
+        return [Problem(key, "a key below an interpolation", f"the key that it stands for, {owner}", remedy)]
     if not override.is_add() and not override.is_force_add() and not key_exists(base, key):
         return [_unknown_key(base, loader, override)]
     if override.is_sweep_override():
@@ -193,6 +197,18 @@ def key_exists(cfg: DictConfig, key: str) -> bool:
     if isinstance(node, ListConfig):
         return name.isdigit() and int(name) < len(node)
     return isinstance(node, DictConfig) and name in node
+
+
+def _behind_interpolations(cfg: DictConfig, key: str) -> str:
+    """trainer.strategy.x where trainer.strategy is ${strategy}: strategy.x. Hydra doesn't override through it."""
+    parts = key.split(".")
+    for end in range(1, len(parts)):
+        parent, name = _select(cfg, ".".join(parts[: end - 1])), parts[end - 1]
+        node = parent._get_node(name) if isinstance(parent, DictConfig) and name in parent else None
+        referent = _select(cfg, ".".join(parts[:end]))
+        if isinstance(node, Node) and node._is_interpolation() and isinstance(referent, DictConfig):
+            return _behind_interpolations(cfg, ".".join([referent._get_full_key(None), *parts[end:]]))
+    return key
 
 
 def _select(cfg: DictConfig, key: str) -> Any:

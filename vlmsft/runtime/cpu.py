@@ -17,6 +17,8 @@ import torch
 from nemo import lightning as nl
 from torch.overrides import TorchFunctionMode
 
+from vlmsft.runtime.seed import seed_all
+
 CPU = torch.device("cpu")
 
 
@@ -105,3 +107,8 @@ class CpuMegatronStrategy(nl.MegatronStrategy):
     def __init__(self, *args, replace_progress_bar: bool = False, **kwargs):
         activate()
         super().__init__(*args, replace_progress_bar=False, **kwargs)
+
+    def setup_distributed(self) -> None:
+        super().setup_distributed()
+        # NeMo fills Megatron's tracker only where it counts a GPU; its own seed, which vlmsft.runtime.seed replaces
+        seed_all(1234)

@@ -165,12 +165,15 @@ def _show_errors(stream: TextIO, rank: int, undo: contextlib.ExitStack) -> None:
 
     def make_and_show(*args, **kwargs) -> logging.LogRecord:
         record = make_record(*args, **kwargs)
-        ours = record.name.partition(".")[0] == "vlmsft"
-        if record.levelno >= (logging.INFO if ours and rank == 0 else logging.WARNING if ours else logging.ERROR):
+        if record.levelno >= _console_level(record.name, rank):
             label = "" if record.levelno < logging.WARNING else f"{record.levelname.lower()}: "
             _print(stream, f"{prefix}{label}{_message(record)}")
         return record
 
+    ours = logging.getLogger("vlmsft")
+    if ours.level == logging.NOTSET:
+        ours.setLevel(logging.INFO)  # else the root's WARNING would hold
+        undo.callback(ours.setLevel, logging.NOTSET)
     logging.setLogRecordFactory(make_and_show)
     undo.callback(logging.setLogRecordFactory, make_record)
 
@@ -188,6 +191,12 @@ def _show_errors(stream: TextIO, rank: int, undo: contextlib.ExitStack) -> None:
     if not faulthandler.is_enabled() and _has_descriptor(stream):
         faulthandler.enable(file=stream)
         undo.callback(faulthandler.disable)
+
+
+def _console_level(name: str, rank: int) -> int:
+    if name.partition(".")[0] != "vlmsft":
+        return logging.ERROR
+    return logging.INFO if rank == 0 else logging.WARNING
 
 
 def _message(record: logging.LogRecord) -> str:

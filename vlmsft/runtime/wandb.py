@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import netrc
 import os
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ from lightning.pytorch.loggers.logger import rank_zero_experiment
 
 from vlmsft.runtime.provenance import Scrubber
 
+logger = logging.getLogger(__name__)
 DEFAULT_HOST = "api.wandb.ai"
 
 
@@ -75,10 +77,15 @@ class RunLogger(WandbLogger):
     @rank_zero_experiment
     def experiment(self) -> Any:
         """The wandb run; the first use starts it and uploads the config."""
-        if self._experiment is None:
-            self._run_dir.mkdir(parents=True, exist_ok=True)
-            self._wandb_init.update(dir=str(self._run_dir), id=self._run_id, config=run_config(self._run_dir))
-        return super().experiment
+        if self._experiment is not None:
+            return super().experiment
+        self._run_dir.mkdir(parents=True, exist_ok=True)
+        self._wandb_init.update(dir=str(self._run_dir), id=self._run_id, config=run_config(self._run_dir))
+        self._wandb_init.pop("anonymous")  # Lightning passes it always, wandb warns about it always
+        run = super().experiment
+        # W&B's own lines go to nemo.log with the rest
+        logger.info("W&B: %s", run.url or f"offline; wandb sync {Path(run.dir).parent} uploads it")
+        return run
 
 
 def run_config(run_dir: Path) -> dict[str, Any]:
