@@ -217,7 +217,7 @@ class VisionModel(MegatronModule):
             # kept outside the buffers: a bf16 run would round those
             self._statistics = (mean, std)
         mean, std = self._statistics
-        return ((tiles.float() * (1 / 255) - mean) / std).to(self.vision_encoder.class_embedding.dtype)
+        return ((tiles.float() / 255 - mean) / std).to(self.vision_encoder.class_embedding.dtype)
 
     def set_input_tensor(self, tensor) -> None:
         """The tower is always on the first pipeline stage: it has no input from another one."""
