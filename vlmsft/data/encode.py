@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from vlmsft.data.records import IMAGE, Turn
+from vlmsft.data.records import Turn
 from vlmsft.errors import Problem, UserError
 
 IGNORE = -100  # label of a token without loss
@@ -251,7 +251,7 @@ class _Loaded:
                 content = [{"type": "text", "text": mark}]
             else:
                 content = [
-                    {"type": "image"} if part is IMAGE else {"type": "text", "text": escape(part)}
+                    {"type": "image"} if part is None else {"type": "text", "text": escape(part)}
                     for part in turn.parts
                 ]
             messages.append({"role": turn.role, "content": content})

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -30,8 +30,7 @@ IMAGE = None  # in Turn.parts: an image stands here
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 
 
-@dataclass(frozen=True)
-class Turn:
+class Turn(NamedTuple):  # a tuple and not a dataclass for the sake of files with a million turns
     """One turn: `role` is user, assistant or system, `parts` are strings and IMAGE in the order of reading."""
 
     role: str
@@ -54,11 +53,12 @@ class Turn:
 
     @property
     def text(self) -> str:
-        return "".join(part for part in self.parts if part is not IMAGE)
+        parts = self.parts
+        return parts[0] or "" if len(parts) == 1 else "".join(part for part in parts if part is not None)
 
     @property
     def num_images(self) -> int:
-        return sum(part is IMAGE for part in self.parts)
+        return self.parts.count(IMAGE)
 
 
 @dataclass(frozen=True)
@@ -106,13 +106,6 @@ class RecordFile:
             return json.loads(line)
         except ValueError as error:
             raise UserError(_broken_json(self.where(index), error, "one whole JSON object on each line")) from None
-
-    def num_bytes(self, index: int) -> int:
-        """Upper bound for the record's text in UTF-8, in bytes: the length of its line (JSON list: of its JSON)."""
-        if self._list is not None:
-            return len(json.dumps(self._list[index], ensure_ascii=False).encode())
-        next_start = int(self._offsets[index + 1]) if index + 1 < len(self._offsets) else len(self._map)
-        return next_start - int(self._offsets[index])
 
     def where(self, index: int) -> str:
         """`train.jsonl:12` (line, from 1); for a JSON list `train.json[11]` (record, from 0) and the record's id."""
@@ -176,7 +169,7 @@ def _parse(record: Any) -> tuple[list[Problem], Conversation | None]:
         return [Problem("", keys, "a list of turns under `conversations` (or `messages`)")], None
     problems: list[Problem] = []
     names = _image_names(record, problems)
-    turns = [_turn(turn, f" turn {number}", names, problems) for number, turn in enumerate(turns_in, 1)]
+    turns = [_turn(turn, number, names, problems) for number, turn in enumerate(turns_in, 1)]
     if problems:
         return problems, None
     problems = [*_order_problems(turns), *_marker_problems(turns, names)]
@@ -196,19 +189,25 @@ def _image_names(record: dict, problems: list[Problem]) -> list[str]:
     return list(names)
 
 
-def _turn(turn: Any, where: str, names: list[str], problems: list[Problem]) -> Turn:
+def _turn(turn: Any, number: int, names: list[str], problems: list[Problem]) -> Turn:
     role = turn.get("from", turn.get("role")) if isinstance(turn, dict) else None
     value = turn.get("value", turn.get("content")) if isinstance(turn, dict) else None
     if not isinstance(role, str) or role not in ROLES:
         hint = nearest(role, ROLES) if isinstance(role, str) else ""
-        problems.append(Problem(where, f"role {_short(role)}", "human, gpt or system (user, assistant)", hint))
+        problems.append(
+            Problem(f" turn {number}", f"role {_short(role)}", "human, gpt or system (user, assistant)", hint)
+        )
         return Turn("user", ("",))
     if isinstance(value, str):
         return Turn.from_text(ROLES[role], value)
     if isinstance(value, list) and (parts := _parts(value, names)) is not None:
         return Turn(ROLES[role], parts)
     problems.append(
-        Problem(where, f"content {_short(value)}", 'text, or a list of {"type": "text"} and {"type": "image"} parts')
+        Problem(
+            f" turn {number}",
+            f"content {_short(value)}",
+            'text, or a list of {"type": "text"} and {"type": "image"} parts',
+        )
     )
     return Turn(ROLES[role], ("",))
 
@@ -293,6 +292,12 @@ def find_problems(
             Problem(str(image_folder), "no such folder", "the folder that image names in records start from")
         )
         image_folder = None
+    if encoder is not None:
+        try:
+            _ = encoder.image_token_id  # loads the processor: once, not for each record if it fails
+        except UserError as error:
+            problems += error.problems
+            encoder = None
     first_use: dict[str, int] = {}
     total = 2 * len(records)
     for index in range(len(records)):
@@ -319,12 +324,18 @@ def _record_problems(
     assert conversation is not None
     for name in conversation.images:
         first_use.setdefault(name, index)
-    if encoder is not None and records.num_bytes(index) > encoder.decoder_seq_length // 2:
+    if encoder is not None and _most_tokens(conversation) > encoder.decoder_seq_length:
         try:
             encoder.encode_text(conversation.turns)
         except UserError as error:
             return named(error.problems, records.where(index))
     return []
+
+
+def _most_tokens(conversation: Conversation) -> int:
+    """No tokenizer makes more tokens: one for each byte and image, and the template's own around the turns."""
+    text = sum(len(turn.text.encode(errors="surrogatepass")) + turn.num_images for turn in conversation.turns)
+    return text + 16 * len(conversation.turns) + 128
 
 
 def _image_problems(
@@ -335,8 +346,10 @@ def _image_problems(
     progress: Callable[[int, int], None] | None,
     num_threads: int,
 ) -> list[Problem]:
-    def check(item: tuple[str, int]) -> list[Problem]:
-        name, index = item
+    def check_chunk(chunk: list[tuple[str, int]]) -> list[Problem]:
+        return [problem for name, index in chunk for problem in check(name, index)]
+
+    def check(name: str, index: int) -> list[Problem]:
         path = image_path(name, image_folder)
         if not path.is_file():
             expected = f"image {name} at {path}"
@@ -354,10 +367,12 @@ def _image_problems(
 
     problems: list[Problem] = []
     with ThreadPoolExecutor(num_threads) as pool:  # stat calls of a network file system wait, they don't compute
-        for done, found in enumerate(pool.map(check, first_use.items(), chunksize=64)):
+        items = list(first_use.items())
+        chunks = [items[start : start + 256] for start in range(0, len(items), 256)]
+        for done, found in enumerate(pool.map(check_chunk, chunks)):
             problems += found
-            if progress and done % 1000 == 0:
-                progress(len(records) + done, 2 * len(records))
+            if progress:
+                progress(len(records) + done * len(records) // len(chunks), 2 * len(records))
     return problems
 
 

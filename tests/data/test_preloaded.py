@@ -1,0 +1,187 @@
+from itertools import islice
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from vlmsft.errors import UserError
+
+pytestmark = pytest.mark.nemo
+
+
+@pytest.fixture
+def arguments(sample_folder):
+    return {
+        "train_path": str(sample_folder / "train.jsonl"),
+        "validation_path": str(sample_folder / "validation.jsonl"),
+        "image_folder": str(sample_folder / "images"),
+        "processor": str(sample_folder / "processor"),
+        "seq_length": 288,
+        "decoder_seq_length": 256,
+        "micro_batch_size": 2,
+        "global_batch_size": 8,
+        "num_workers": 0,
+        "seed": 3,
+    }
+
+
+@pytest.fixture
+def module(arguments):
+    from vlmsft.data.preloaded import PreloadedDataModule
+
+    return PreloadedDataModule(**arguments)
+
+
+@pytest.fixture
+def ranks(monkeypatch):
+    """Sets data-parallel rank and size without a process group."""
+    from megatron.core import parallel_state
+
+    def set_ranks(rank, size):
+        monkeypatch.setattr(parallel_state, "get_data_parallel_rank", lambda: rank)
+        monkeypatch.setattr(parallel_state, "get_data_parallel_world_size", lambda: size)
+
+    set_ranks(0, 1)
+    return set_ranks
+
+
+def loaders(module):
+    module.setup("fit")
+    transform = module.data_sampler.transform_dataloader
+    return transform(module.train_dataloader()), transform(module.val_dataloader())
+
+
+def test_loaders_give_each_rank_its_share(module, ranks):
+    batches = []
+    for rank in range(2):
+        ranks(rank, 2)
+        train, validation = loaders(module)
+        assert (train.mode, validation.mode) == ("train", "validation")
+        assert len(validation) == 12  # 48 samples, micro batch 2, 2 ranks
+        batches += list(islice(train, 2))
+    ranks(0, 1)
+    alone = list(islice(loaders(module)[0], 4))
+
+    def rows(group):
+        return sorted(
+            tuple(row[mask > 0].tolist()) for b in group for row, mask in zip(b["labels"], b["loss_mask"], strict=True)
+        )
+
+    assert rows(batches) == rows(alone)
+
+
+def test_training_has_no_length_and_validation_repeats(module, ranks):
+    train, validation = loaders(module)
+    with pytest.raises(TypeError):
+        len(train)
+    first, second = list(validation), list(validation)
+    assert len(first) == 24
+    for one, other in zip(first, second, strict=True):
+        assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_resume_continues_behind_the_consumed_samples_and_validation_does_not_move(module, arguments, ranks):
+    from vlmsft.data.preloaded import PreloadedDataModule
+
+    train, validation = loaders(module)
+    expected = list(islice(train, 20))[12:]  # 3 steps of 4 micro batches are behind us
+    resumed = PreloadedDataModule(**arguments)
+    resumed.setup("fit")
+    resumed.load_state_dict({"consumed_samples": 24, "num_train_samples": 106, "seed": 3})
+    assert resumed.data_sampler.init_consumed_samples == resumed.data_sampler.prev_consumed_samples == 24
+    train_again, validation_again = loaders(resumed)
+    for one, other in zip(expected, islice(train_again, 8), strict=True):
+        assert one["tokens"].equal(other["tokens"])
+    for one, other in zip(validation, validation_again, strict=True):
+        assert one["tokens"].equal(other["tokens"])
+
+
+def test_resume_on_other_data_is_refused(module):
+    with pytest.raises(UserError, match=r"(?s)data.num_train_samples: found 106, expected 7 .*data.seed: found 3"):
+        module.load_state_dict({"consumed_samples": 24, "num_train_samples": 7, "seed": 1})
+
+
+def test_state_counts_the_steps_since_the_start(module, monkeypatch):
+    module.trainer = SimpleNamespace(global_step=5)
+    module.init_global_step = 2
+    monkeypatch.setattr(module.data_sampler, "compute_consumed_samples", lambda steps: 8 * steps)
+    assert module.state_dict() == {"consumed_samples": 24, "num_train_samples": 106, "seed": 3}
+    module.setup("fit")
+    module.train_dataloader()
+    assert module.data_sampler.init_global_step == 5
+
+
+def test_validation_limits_count_steps(module, ranks):
+    trainer = SimpleNamespace(limit_val_batches=2, num_sanity_val_steps=1, global_step=0)
+    module.data_sampler.connect(trainer)
+    for _ in range(2):  # a reload doesn't multiply again
+        loaders(module)
+        assert trainer.limit_val_batches == 8
+        assert trainer.num_sanity_val_steps == 4
+
+
+def test_no_validation(arguments):
+    from vlmsft.data.preloaded import PreloadedDataModule
+
+    module = PreloadedDataModule(**{**arguments, "validation_path": None})
+    module.prepare_data()
+    module.setup("fit")
+    assert module.val_dataloader() == []
+
+
+def test_problems_of_both_files_come_before_training(arguments, tmp_path):
+    from vlmsft.data.preloaded import PreloadedDataModule
+
+    (tmp_path / "bad.jsonl").write_text('{"image": "none.jpg"}\n{"broken\n')
+    module = PreloadedDataModule(**{**arguments, "train_path": str(tmp_path / "bad.jsonl"), "validation_path": "gone"})
+    with pytest.raises(UserError) as raised:
+        module.prepare_data()
+    wheres = [problem.where for problem in raised.value.problems]
+    assert wheres == [f"{tmp_path / 'bad.jsonl'}:1", f"{tmp_path / 'bad.jsonl'}:2", "gone"]
+
+
+def test_the_module_and_its_tokenizer_travel_with_a_checkpoint(module, tmp_path):
+    from nemo.collections.llm.api import _set_with_io
+    from nemo.lightning import io
+
+    _set_with_io(module, "tokenizer", module.tokenizer)  # as llm.finetune does
+    module.io_dump(tmp_path, yaml_attrs=[])
+    loaded = io.load(tmp_path)
+    assert (loaded.train_path, loaded.seed, loaded.global_batch_size) == (module.train_path, 3, 8)
+    assert loaded.tokenizer.text_to_ids("猫") == module.tokenizer.text_to_ids("猫")
+
+
+def test_masks_equal_nemo():
+    """visible_from and visible_until against create_vision_mask_tensor, on random places of the image token."""
+    from nemo.collections.vlm.mllama.model.utils import create_vision_mask_tensor
+
+    from vlmsft.data.encode import visible_until
+
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(500):
+        length = int(torch.randint(2, 30, (1,), generator=generator))
+        images = torch.rand(length, generator=generator) < 0.4
+        if not images.any():
+            continue
+        masks = create_vision_mask_tensor(torch.where(images, 7, 1), 7)
+        positions = images.nonzero().flatten().tolist()
+        assert masks[:, 0].tolist() == positions
+        assert masks[:, 1].tolist() == visible_until(positions, length)
+
+
+def test_nemo_validation_loss_survives_micro_batches_without_loss(monkeypatch):
+    """The fill of the last validation batch: weightless in NeMo's reduction, in any micro batch, without NaN."""
+    from megatron.core import parallel_state
+    from nemo.lightning.megatron_parallel import MaskedTokenLossReduction
+
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor, group: None)
+    monkeypatch.setattr(parallel_state, "get_data_parallel_group", lambda with_context_parallel: None)
+    reduction = MaskedTokenLossReduction(validation_step=True)
+    losses = torch.tensor([[1.0, 2.0, 9.0], [4.0, 9.0, 9.0], [9.0, 9.0, 9.0], [9.0, 9.0, 9.0]])
+    masks = torch.tensor([[1.0, 1, 0], [1, 0, 0], [0, 0, 0], [0, 0, 0]])
+    for order in ([0, 1, 2, 3], [2, 3, 0, 1]):
+        reduced = []
+        for row in order:
+            reduction.setup({"loss_mask": masks[row : row + 1]})
+            reduced.append(reduction(losses[row : row + 1])[-1])
+        assert reduction.reduce(reduced) == pytest.approx(7 / 3)
