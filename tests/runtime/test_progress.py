@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import csv
 import io
 import re
 import time
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from rich.console import Console
 from runtime_toys import ToyData, ToyModel
 
 from vlmsft.runtime import logging as run_logging
+from vlmsft.runtime.metrics import MetricsFile
 from vlmsft.runtime.progress import StepRate, TrainProgress, count_truncated, format_seconds, total_steps
 
 
@@ -117,6 +120,21 @@ def test_rate_leaves_out_the_first_step_and_validation():
     assert rate.seconds_per_step() == pytest.approx(2.0)
     # 30 s of validation came with 2 steps
     assert rate.seconds_left(10) == pytest.approx(10 * (2.0 + 15.0))
+
+
+def test_pause_spans_validation_and_the_save_after_it(toy_trainer, tmp_path):
+    class Slow(ModelCheckpoint):
+        def on_validation_end(self, *args):
+            time.sleep(1.0)
+            super().on_validation_end(*args)
+
+    progress, table = TrainProgress(line_seconds=1000), MetricsFile(tmp_path / "m.csv")
+    options = {"max_steps": 8, "val_check_interval": 4, "enable_checkpointing": True}
+    toy_trainer(progress, table, Slow(tmp_path, monitor="val_loss"), **options).fit(ToyModel(), ToyData())
+    assert progress.rate.seconds_per_step() < 0.12, "7 steps, one of which was followed by a second of saving"
+    assert progress.rate._paused > 1.0
+    with open(tmp_path / "m.csv", newline="") as file:
+        assert min(float(row["samples_per_second"]) for row in list(csv.DictReader(file))[1:]) > 4 / 0.9
 
 
 def test_rate_forgets_what_is_older_than_a_minute():

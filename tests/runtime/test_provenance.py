@@ -172,6 +172,8 @@ def test_no_secret_in_any_file(tmp_path, repository, monkeypatch):
     for _ in range(2):
         write_run_folder(tmp_path / "run", config, overrides, command=["train", *overrides], code_dir=repository)
     text = everything_in(tmp_path / "run")
+    # NeMo would write both with what the command line and `git diff` hold; it leaves them alone where they are there
+    assert (tmp_path / "run" / "cmd-args.log").exists() and (tmp_path / "run" / "git-info.log").exists()
     for secret in (WANDB_KEY, HF_KEY, "an-odd-secret-value", "plain-secret"):
         assert secret not in text, secret
     assert "https://<hidden>@example.org/x" in text

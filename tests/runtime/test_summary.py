@@ -4,12 +4,25 @@ from __future__ import annotations
 
 import io
 import re
+from dataclasses import asdict
+from types import SimpleNamespace
 
+import pytest
 import torch
 from rich.console import Console
 from runtime_toys import ToyData, ToyModel
 
-from vlmsft.runtime.summary import RunFacts, StartSummary, count_parameters, part_of, rows, show
+from vlmsft.mllama.sizes import GIB, TextShape, VisionShape, memory_estimate, parameter_counts
+from vlmsft.runtime.summary import (
+    RunFacts,
+    StartSummary,
+    _tokens_per_step,
+    count_parameters,
+    memory_gib,
+    part_of,
+    rows,
+    show,
+)
 
 FACTS = RunFacts(
     model="MLlama 11B",
@@ -40,7 +53,7 @@ def test_rows_say_it_in_units():
     assert table["  LoRA"] == "23.1 M, 100 train"
     assert table["layout"] == "8 processes: TP 2 x PP 1 x DP 4 on NVIDIA H100 80GB HBM3"
     assert table["samples per step"] == "128 = micro batch 1 x DP 4 x accumulation 32"
-    assert table["tokens per step"] == "262.1 k text, 819.7 k vision (at most)"
+    assert table["tokens per step"] == "262.1 k text, 819.7 k vision (one full image per sample)"
     assert table["steps"] == "1,160, from step 580 = 2.00 epochs of 580.0 steps"
     assert table["validation"] == "every 580 steps, 12 batches"
     assert table["memory"] == "about 59.6 GiB per GPU (estimate)"
@@ -93,3 +106,26 @@ def test_callback_prints_once_before_the_first_step(toy_trainer, capsys):
         "to resume: do it again",
     ):
         assert re.search(f"^{re.escape(line)}$", text, re.MULTILINE), line
+
+
+def test_memory_and_tokens_of_an_mllama_like_model():
+    """As the estimate for the same numbers, from the parameters that the model has."""
+    text, vision = TextShape(4, 2, 32, 64, 4, 2, 128), VisionShape(3, 2, 48, 56, 14, 2, 32)
+    model = torch.nn.Module()
+    model.config = SimpleNamespace(
+        language_model_config=SimpleNamespace(**asdict(text)),
+        vision_model_config=SimpleNamespace(**asdict(vision), intermediate_layers_indices=[0, 2]),
+    )
+    for part, count in parameter_counts(text, vision).items():
+        holder = {"tower": "vision_model", "projector": "vision_projection", "text": "language_model"}[part]
+        layer = torch.nn.Module()
+        layer.weight = torch.nn.Parameter(torch.zeros(count.total), requires_grad=part != "tower")
+        setattr(model, holder, layer)
+    data = SimpleNamespace(decoder_seq_length=64, micro_batch_size=2, global_batch_size=8)
+    trainer = SimpleNamespace(datamodule=data, world_size=1, strategy=SimpleNamespace())
+
+    expected = memory_estimate(text, vision, micro_batch_size=2, text_tokens=64, bf16=False, freeze_vision_model=True)
+    assert memory_gib(trainer, model) * GIB == pytest.approx(expected.training)
+    assert _tokens_per_step(model, data) == {"text": 8 * 64, "vision": 8 * 4 * 17}
+    del model.config
+    assert memory_gib(trainer, model) is None and _tokens_per_step(model, data) == {}

@@ -7,7 +7,8 @@ Names are those of NeMo's CrossAttentionTextConfig and CrossAttentionVisionConfi
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import MISSING, Field, dataclass, fields
+from typing import Any
 
 GIB = 1024**3
 # NeMo's learnable_embedding: the image token and seven reserved ones (NeMo mllama/model/language.py)
@@ -16,6 +17,10 @@ NUM_EXTRA_EMBEDDINGS = 8
 TOKEN_MULTIPLE = 8
 # transformers' supported aspect ratios for four tiles; id 0 stands for "no image"
 NUM_ASPECT_RATIOS = 8
+
+
+def _read(config: Any, field: Field) -> Any:
+    return getattr(config, field.name) if field.default is MISSING else getattr(config, field.name, field.default)
 
 
 @dataclass(frozen=True)
@@ -30,6 +35,11 @@ class TextShape:
     num_query_groups: int
     vocab_size: int
     kv_channels: int | None = None  # head dim; hidden_size / num_attention_heads where None
+
+    @classmethod
+    def of(cls, config: Any) -> TextShape:
+        """From NeMo's CrossAttentionTextConfig, or anything with its names as attributes."""
+        return cls(**{field.name: _read(config, field) for field in fields(cls)})
 
     @property
     def head_dim(self) -> int:
@@ -57,6 +67,12 @@ class VisionShape:
     text_hidden_size: int
     ffn_hidden_size: int | None = None  # 4 x hidden_size where None, as Megatron-Core's TransformerConfig
     max_num_tiles: int = 4
+
+    @classmethod
+    def of(cls, config: Any) -> VisionShape:
+        """From vlmsft's VisionConfig, or anything with its names as attributes."""
+        values = {field.name: _read(config, field) for field in fields(cls) if field.name != "num_intermediate_layers"}
+        return cls(num_intermediate_layers=len(config.intermediate_layers_indices), **values)
 
     @property
     def ffn_size(self) -> int:
@@ -211,11 +227,7 @@ def memory_estimate(
     tiles_per_image: real tiles; the tower always computes with max_num_tiles of them
     fp32_build: weights come into being in fp32 and are then converted, as in NeMo: 6 bytes per parameter for a moment
 
-    Per trainable parameter, with d data-parallel ranks (Megatron-LM, docs/source/api-guide/dist_optimizer.md):
-      bf16: weights 2 + fp32 main gradients 4 + (fp32 master weights, exp_avg, exp_avg_sq) 12 / d bytes
-      fp32: weights 4 + gradients 4 + (exp_avg, exp_avg_sq) 8 / d bytes
-    A frozen parameter costs its weight only. LoRA (lora_dim > 0) freezes all else.
-    Activations: see `activation_bytes`.
+    LoRA (lora_dim > 0) freezes all else. Formulas: `training_bytes` and `activation_bytes`.
     """
     tp = tensor_model_parallel_size
     counts = parameter_counts(text, vision)
@@ -225,12 +237,13 @@ def memory_estimate(
 
     held = sum(count.per_rank(tp) for count in counts.values()) + lora.per_rank(tp)
     trained = sum(count.per_rank(tp) for part, count in counts.items() if trains[part]) + lora.per_rank(tp)
-    element, state = (2, 12) if bf16 else (4, 8)
     shards = data_parallel_size if distributed_optimizer else 1
+    weights, gradients, optimizer = training_bytes(held, trained, bf16=bf16, optimizer_shards=shards)
+    element = 2 if bf16 else 4
     return MemoryEstimate(
-        weights=element * held,
-        gradients=4 * trained,
-        optimizer=state * trained / shards,
+        weights=weights,
+        gradients=gradients,
+        optimizer=optimizer,
         activations=activation_bytes(
             text,
             vision,
@@ -247,6 +260,17 @@ def memory_estimate(
         ),
         build=(4 + (element if bf16 else 0)) * held if fp32_build else element * held,
     )
+
+
+def training_bytes(held: int, trained: int, *, bf16: bool, optimizer_shards: int) -> tuple[float, float, float]:
+    """(weights, gradients, optimizer) of a rank that holds `held` parameters and trains `trained` of them.
+
+    Per trained parameter, with d shards (Megatron-LM, docs/source/api-guide/dist_optimizer.md):
+      bf16: weights 2 + fp32 main gradients 4 + (fp32 master weights, exp_avg, exp_avg_sq) 12 / d bytes
+      fp32: weights 4 + gradients 4 + (exp_avg, exp_avg_sq) 8 / d bytes
+    A frozen parameter costs its weight only.
+    """
+    return (2 if bf16 else 4) * held, 4 * trained, (12 if bf16 else 8) * trained / optimizer_shards
 
 
 def activation_bytes(

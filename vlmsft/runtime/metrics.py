@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from vlmsft.runtime.progress import global_batch_size, learning_rate
+from vlmsft.runtime.progress import Pause, global_batch_size, learning_rate
 
 logger = logging.getLogger(__name__)
 
@@ -48,8 +48,8 @@ class MetricsFile(Callback):
     path: the file, e.g. runs/<name>/<id>/metrics.csv
 
     Any other metric that is logged gets a column of its own when it first appears.
-    samples_per_second is the mean since the row before, without validation; peak_memory_gib the highest allocation on
-    this GPU since the start.
+    samples_per_second is the mean since the row before, without validation and checkpoints; peak_memory_gib the highest
+    allocation on this GPU since the start.
     """
 
     def __init__(self, path: str | os.PathLike[str]):
@@ -57,7 +57,7 @@ class MetricsFile(Callback):
         self._last_time: float | None = None
         self._last_step = 0
         self._started = 0.0
-        self._validation_started = 0.0
+        self._pause = Pause()
         self._lr: float | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -75,6 +75,8 @@ class MetricsFile(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._lr = learning_rate(trainer)  # at the step's end the scheduler has already set the next one's
+        if self._last_time is not None:
+            self._last_time += self._pause.end(time.monotonic())
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -86,15 +88,16 @@ class MetricsFile(Callback):
             self.table.write(self._row(trainer))
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._validation_started = time.monotonic()
+        self._pause.begin(time.monotonic())
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.sanity_checking or not trainer.is_global_zero:
             return
-        if self._last_time is not None:
-            self._last_time += time.monotonic() - self._validation_started
         values = {name: value for name, value in _logged(trainer).items() if name.startswith("val")}
         self.table.write({"step": trainer.global_step, "epoch": trainer.current_epoch, **values})
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        self._pause.begin(time.monotonic())
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.is_global_zero and trainer.global_step > self._last_step:

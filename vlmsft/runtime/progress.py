@@ -47,6 +47,7 @@ class TrainProgress(ProgressBar):
         self._last_shown_step = -1
         self._last_val_loss: float | None = None
         self._validation_started = 0.0
+        self._pause = Pause()
         self._sees_microbatches = False
         self._lr: float | None = None
 
@@ -74,6 +75,7 @@ class TrainProgress(ProgressBar):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._lr = learning_rate(trainer)  # at the step's end the scheduler has already set the next one's
+        self.rate.pause(self._pause.end(time.monotonic()))
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -96,6 +98,7 @@ class TrainProgress(ProgressBar):
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._validation_started = time.monotonic()
+        self._pause.begin(self._validation_started)
         if self._bar:
             total = sum(trainer.num_sanity_val_batches if trainer.sanity_checking else trainer.num_val_batches)
             self._bar.reset(_VALIDATION, total=total if math.isfinite(total) else None, visible=True)
@@ -106,7 +109,6 @@ class TrainProgress(ProgressBar):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         seconds = time.monotonic() - self._validation_started
-        self.rate.pause(seconds)
         if trainer.sanity_checking or not self._enabled:
             return
         self._last_val_loss = read_metric(trainer, "val_loss")
@@ -114,6 +116,9 @@ class TrainProgress(ProgressBar):
             self._bar.update(_VALIDATION, visible=False)
         loss = "none logged" if self._last_val_loss is None else f"{self._last_val_loss:.4f}"
         self.print(f"validation at step {trainer.global_step}: val_loss {loss} ({format_seconds(seconds)})")
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        self._pause.begin(time.monotonic())
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._enabled and self._last_shown_step != trainer.global_step:
@@ -194,8 +199,28 @@ def _make_bar(console: Console) -> _Bar:
     )
 
 
+class Pause:
+    """Validation and the writing of checkpoints: from the first of them to the next training step.
+
+    ModelCheckpoint runs after all other callbacks, so no hook of ours sees the end of a save.
+    """
+
+    def __init__(self) -> None:
+        self._began: float | None = None
+
+    def begin(self, now: float) -> None:
+        if self._began is None:
+            self._began = now
+
+    def end(self, now: float) -> float:
+        """Seconds since the beginning; 0 where there was none."""
+        seconds = 0.0 if self._began is None else now - self._began
+        self._began = None
+        return seconds
+
+
 class StepRate:
-    """Seconds per optimizer step over the last minute, validation left out, and the time left with it put back.
+    """Seconds per optimizer step over the last minute, pauses left out, and the time left with them put back.
 
     The first step only starts the clock: it pays for compilation and allocation.
     """
@@ -226,7 +251,7 @@ class StepRate:
         return (last - first) / (last_step - first_step)
 
     def seconds_left(self, steps: int) -> float | None:
-        """Time for `steps` more, with validation taking the share that it took so far."""
+        """Time for `steps` more, with pauses taking the share that they took so far."""
         per_step = self.seconds_per_step()
         if per_step is None or self._first_step is None:
             return None

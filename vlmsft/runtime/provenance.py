@@ -102,9 +102,12 @@ def write_run_folder(
     _write(folder / "overrides.yaml", _dump_yaml([scrubber.override(override) for override in overrides]))
     if patch:
         _write(folder / "diff.patch", scrubber.text(patch))
+    command = [scrubber.override(part) for part in (sys.argv if command is None else command)]
+    if number == 0:
+        _keep_nemo_from_writing(run_dir, command, code)
     provenance = {
         "started": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "command": [scrubber.override(part) for part in (sys.argv if command is None else command)],
+        "command": command,
         "working_directory": os.getcwd(),
         "resume_number": number,
         "config_changes": {key: {"first": old, "now": new} for key, (old, new) in changes.items()},
@@ -116,6 +119,17 @@ def write_run_folder(
     # last, and by rename: a folder with a provenance.json is complete
     _write(folder / "provenance.json", scrubber.text(json.dumps(provenance, indent=2, ensure_ascii=False)) + "\n")
     return RunFolder(folder, number, changes)
+
+
+def _keep_nemo_from_writing(run_dir: Path, command: Sequence[str], code: Mapping[str, Any]) -> None:
+    """NeMo's ModelCheckpoint writes the command line and `git diff` into these two with any secret in them.
+
+    It leaves files alone that are there (nemo/lightning/pytorch/callbacks/model_checkpoint.py, on_train_start).
+    """
+    _write(run_dir / "cmd-args.log", " ".join(command))
+    _write(
+        run_dir / "git-info.log", f"commit hash: {code['commit']}\nuncommitted changes: diff.patch, if there were any\n"
+    )
 
 
 def _next_folder(run_dir: Path) -> tuple[Path, int]:

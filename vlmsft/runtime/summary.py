@@ -13,6 +13,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.console import Console
 from rich.table import Table
 
+from vlmsft.mllama import sizes
 from vlmsft.runtime import logging as run_logging
 from vlmsft.runtime.progress import global_batch_size, total_steps
 
@@ -22,8 +23,8 @@ class RunFacts:
     """What the summary says. None and empty stand for "not known" and leave their row out.
 
     parameters: {"tower": (total, trainable), ...}, of the whole model: tensor-parallel shards are added up
-    tokens_per_step: {"text": padded upper bound, "vision": ...}
-    memory_gib_per_gpu: an estimate
+    tokens_per_step: {"text": padded upper bound, "vision": with one image of all tiles in each sample}
+    memory_gib_per_gpu: an estimate, for such samples
     """
 
     model: str
@@ -86,7 +87,7 @@ def _step_rows(facts: RunFacts) -> list[tuple[str, str]]:
         table.append(("samples per step", f"{batch} = {formula}"))
     if facts.tokens_per_step:
         parts = [f"{_count(number)} {kind}" for kind, number in facts.tokens_per_step.items()]
-        table.append(("tokens per step", ", ".join(parts) + " (at most)"))
+        table.append(("tokens per step", ", ".join(parts) + " (one full image per sample)"))
     if facts.max_steps is not None:
         start = f", from step {facts.first_step}" if facts.first_step else ""
         table.append(("steps", f"{facts.max_steps:,}{start}{_epochs(facts)}"))
@@ -139,7 +140,10 @@ class StartSummary(Callback):
 
     Not on_fit_start: NeMo applies LoRA and restores a checkpoint after it, and parameters are counted as they train.
 
-    model: name to show; tokens_per_step, memory_gib_per_gpu: see RunFacts
+    model: name to show
+    resume_command: what to type to go on with this run
+
+    Tokens and memory are told for models whose config has MLlama's parts, memory on a GPU only.
     """
 
     def __init__(
@@ -148,15 +152,11 @@ class StartSummary(Callback):
         precision: str | None = None,
         run_dir: str | os.PathLike[str] | None = None,
         resume_command: str | None = None,
-        tokens_per_step: Mapping[str, int] | None = None,
-        memory_gib_per_gpu: float | None = None,
     ):
         self.model = model
         self.precision = precision
         self.run_dir = None if run_dir is None else os.fspath(run_dir)
         self.resume_command = resume_command
-        self.tokens_per_step = tokens_per_step or {}
-        self.memory_gib_per_gpu = memory_gib_per_gpu
         self._shown = False
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -181,16 +181,72 @@ class StartSummary(Callback):
             device=_device_name(),
             micro_batch_size=getattr(data, "micro_batch_size", None),
             global_batch_size=global_batch_size(trainer),
-            tokens_per_step=self.tokens_per_step,
+            tokens_per_step=_tokens_per_step(pl_module, data),
             num_train_samples=getattr(data, "num_train_samples", None),
             max_steps=total_steps(trainer),
             first_step=trainer.global_step,
             val_check_interval=_validation_interval(trainer),
             num_validation_batches=_validation_batches(trainer),
-            memory_gib_per_gpu=self.memory_gib_per_gpu,
+            memory_gib_per_gpu=memory_gib(trainer, pl_module) if torch.cuda.is_available() else None,
             run_dir=self.run_dir,
             resume_command=self.resume_command,
         )
+
+
+def _shapes(pl_module: LightningModule) -> tuple[sizes.TextShape, sizes.VisionShape] | None:
+    config = getattr(pl_module, "config", None)
+    if not hasattr(getattr(config, "vision_model_config", None), "intermediate_layers_indices"):
+        return None
+    return sizes.TextShape.of(config.language_model_config), sizes.VisionShape.of(config.vision_model_config)
+
+
+def _tokens_per_step(pl_module: LightningModule, data: Any) -> dict[str, int]:
+    shapes = _shapes(pl_module)
+    if shapes is None or not hasattr(data, "decoder_seq_length"):
+        return {}
+    vision = shapes[1]
+    return sizes.tokens_per_step(
+        vision,
+        global_batch_size=data.global_batch_size,
+        text_tokens=data.decoder_seq_length,
+        images_per_sample=1,
+        tiles_per_image=vision.max_num_tiles,
+    )
+
+
+def memory_gib(trainer: Trainer, pl_module: LightningModule) -> float | None:
+    """Estimate for this rank while it trains: parameters as they are, activations by `sizes.activation_bytes`."""
+    data, shapes = getattr(trainer, "datamodule", None), _shapes(pl_module)
+    if shapes is None or not hasattr(data, "decoder_seq_length"):
+        return None
+    text, vision = shapes
+    strategy: Any = trainer.strategy
+    tp = getattr(strategy, "tensor_model_parallel_size", 1)
+    sharded = getattr(getattr(strategy, "ddp_config", None), "use_distributed_optimizer", False)
+    parameters = list(pl_module.parameters())
+    element_bytes = parameters[0].element_size()
+    trains = {part: trained == total for part, (total, trained) in count_parameters(pl_module).items()}
+    states = sizes.training_bytes(
+        sum(parameter.numel() for parameter in parameters),
+        sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
+        bf16=element_bytes == 2,
+        optimizer_shards=max(trainer.world_size // tp, 1) if sharded else 1,
+    )
+    activations = sizes.activation_bytes(
+        text,
+        vision,
+        micro_batch_size=data.micro_batch_size,
+        text_tokens=data.decoder_seq_length,
+        images_per_sample=1,
+        tiles_per_image=vision.max_num_tiles,
+        tensor_model_parallel_size=tp,
+        sequence_parallel=getattr(strategy, "sequence_parallel", False),
+        element_bytes=element_bytes,
+        text_weights_train=trains["text"],
+        projector_trains=trains["projector"],
+        tower_trains=trains["tower"],
+    )
+    return (sum(states) + activations) / sizes.GIB
 
 
 def count_parameters(module: torch.nn.Module, tensor_model_parallel_size: int = 1) -> dict[str, tuple[int, int]]:
