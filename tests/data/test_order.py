@@ -3,7 +3,7 @@ from itertools import islice
 import numpy as np
 import pytest
 
-from vlmsft.data.order import EvaluationOrder, Share, TrainOrder, epoch_order, limit_in_micro_batches
+from vlmsft.data.order import EvaluationOrder, Share, TrainOrder, epoch_order
 
 
 def global_batches(micro, size, count, consumed=0, num_samples=50, global_batch_size=8):
@@ -79,11 +79,3 @@ def test_bad_shapes_are_refused():
         TrainOrder(0, 0, 0, Share(1, 1, 0, 1))
     with pytest.raises(ValueError, match="no sample"):
         EvaluationOrder(0, Share(1, 1, 0, 1))
-
-
-@pytest.mark.parametrize(
-    ("limit", "micro_batches"),
-    [(1.0, 12), (1, 4), (2, 8), (50, 12), (0.5, 8), (0.01, 4), (0, 0), (0.0, 0)],
-)
-def test_validation_limits_are_whole_steps(limit, micro_batches):
-    assert limit_in_micro_batches(limit, length=12, num_microbatches=4) == micro_batches

@@ -111,15 +111,6 @@ def test_state_counts_the_steps_since_the_start(module, monkeypatch):
     assert module.data_sampler.init_global_step == 5
 
 
-def test_validation_limits_count_steps(module, ranks):
-    trainer = SimpleNamespace(limit_val_batches=2, num_sanity_val_steps=1, global_step=0)
-    module.data_sampler.connect(trainer)
-    for _ in range(2):  # a reload doesn't multiply again
-        loaders(module)
-        assert trainer.limit_val_batches == 8
-        assert trainer.num_sanity_val_steps == 4
-
-
 def test_no_validation(arguments):
     from vlmsft.data.preloaded import PreloadedDataModule
 

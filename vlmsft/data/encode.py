@@ -251,8 +251,7 @@ class _Loaded:
                 content = [{"type": "text", "text": mark}]
             else:
                 content = [
-                    {"type": "image"} if part is None else {"type": "text", "text": escape(part)}
-                    for part in turn.parts
+                    {"type": "image"} if part is None else {"type": "text", "text": escape(part)} for part in turn.parts
                 ]
             messages.append({"role": turn.role, "content": content})
         if any(turn.num_images for turn, _ in turns):

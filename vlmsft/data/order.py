@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -44,17 +43,6 @@ class Share:
         for number in range(self.num_microbatches):
             start = (number * self.size + self.rank) * self.micro_batch_size
             yield global_batch[start : start + self.micro_batch_size].tolist()
-
-
-def limit_in_micro_batches(limit: int | float, length: int, num_microbatches: int) -> int:
-    """Lightning's limit_val_batches in micro batches, a whole number of steps.
-
-    A step takes `num_microbatches` of the loader's `length` micro batches; one that finds fewer left is dropped.
-    limit: an int counts steps (global batches), a float is the part of the set, rounded up to steps
-    """
-    steps = length // num_microbatches
-    wanted = limit if isinstance(limit, int) else math.ceil(limit * steps)
-    return min(wanted, steps) * num_microbatches
 
 
 class TrainOrder:

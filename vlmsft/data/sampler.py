@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from nemo.lightning.pytorch.plugins import MegatronDataSampler
 from torch.utils.data import DataLoader
 
-from vlmsft.data.order import EvaluationOrder, Share, TrainOrder, limit_in_micro_batches
+from vlmsft.data.order import EvaluationOrder, Share, TrainOrder
 
 
 class VlmDataSampler(MegatronDataSampler):
@@ -21,7 +20,6 @@ class VlmDataSampler(MegatronDataSampler):
     def __init__(self, *, seed: int, **kwargs: Any):
         super().__init__(**kwargs)
         self.seed = seed
-        self._limits: tuple[int | float, int | float] | None = None  # as the user set them, in steps
 
     def transform_dataloader(self, dataloader: DataLoader, consumed_samples: int = 0) -> DataLoader:
         """A loader of the same class, dataset, workers and mode with our batch sampler. `consumed_samples` is NeMo's
@@ -30,19 +28,7 @@ class VlmDataSampler(MegatronDataSampler):
 
         rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
         share = Share(self.micro_batch_size, self.global_batch_size, rank, size)
-        loader = with_order(dataloader, self.seed, self.init_consumed_samples, share)
-        if loader.mode == "validation" and hasattr(self, "trainer"):
-            self._limit_validation(len(loader), share.num_microbatches)
-        return loader
-
-    def _limit_validation(self, length: int, num_microbatches: int) -> None:
-        """limit_val_batches and num_sanity_val_steps from steps to micro batches; Lightning reads them after this."""
-        if self._limits is None:
-            self._limits = (self.trainer.limit_val_batches, self.trainer.num_sanity_val_steps)
-        limit, sanity = self._limits
-        self.trainer.limit_val_batches = limit_in_micro_batches(limit, length, num_microbatches)
-        if math.isfinite(sanity):
-            self.trainer.num_sanity_val_steps = limit_in_micro_batches(int(sanity), length, num_microbatches)
+        return with_order(dataloader, self.seed, self.init_consumed_samples, share)
 
 
 def with_order(dataloader: Any, seed: int, consumed_samples: int, share: Share) -> DataLoader:
