@@ -115,7 +115,7 @@ def swap_images(batch: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _slots(batch: dict[str, Tensor], pixels: Tensor) -> tuple[Tensor, Tensor, Tensor, list[list[int]]]:
-    """(B, slots, 4, 3, H, W) pixels, (B, slots) aspect ratio ids, (B, slots) tile counts, image numbers of each sample."""
+    """(B, slots, 4, 3, H, W) pixels, (B, slots) aspect ratio ids and tile counts, image numbers of each sample."""
     images = [[i for i, s in enumerate(batch["image_sample"].tolist()) if s == b] for b in range(len(batch["tokens"]))]
     num_slots = max(1, *(len(of_sample) for of_sample in images))
     shape = (len(images), num_slots)
@@ -131,9 +131,10 @@ def _slots(batch: dict[str, Tensor], pixels: Tensor) -> tuple[Tensor, Tensor, Te
 
 
 def nemo_inputs(batch: dict[str, Tensor], pixels: Tensor) -> dict[str, Any]:
-    """The batch for NeMo's stock model; pixels: (T, 3, H, W) normalised. A sample without images gets a slot of 0 tiles.
+    """The batch for NeMo's stock model; pixels: (T, 3, H, W) normalised.
 
-    Masks come from NeMo's own create_vision_mask_tensor, so they check the contract's visible ranges as well.
+    A sample without images gets a slot of 0 tiles. Masks come from NeMo's own create_vision_mask_tensor, so they check the
+    contract's visible ranges as well.
     """
     from nemo.collections.vlm.mllama.model.utils import create_vision_mask_tensor
 

@@ -18,6 +18,7 @@ import itertools
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -169,7 +170,14 @@ class CausalAttention(_CoreAttention):
     """Text self-attention. Padding needs no mask: it stands behind the text, so no real row sees it."""
 
     def forward(
-        self, query, key, value, attention_mask=None, attn_mask_type=None, attention_bias=None, packed_seq_params=None
+        self,
+        query,
+        key,
+        value,
+        attention_mask=None,
+        attn_mask_type=None,
+        attention_bias: Any = None,
+        packed_seq_params=None,
     ) -> Tensor:
         """query (S, B, heads, D), key and value (S, B, groups, D) -> (S, B, heads * D)."""
         return self._attend(query, key, value, causal=True)
@@ -179,7 +187,14 @@ class TowerAttention(_CoreAttention):
     """Vision self-attention over tokens sorted as `TowerPlan` says."""
 
     def forward(
-        self, query, key, value, attention_mask=None, attn_mask_type=None, attention_bias=None, packed_seq_params=None
+        self,
+        query,
+        key,
+        value,
+        attention_mask=None,
+        attn_mask_type=None,
+        attention_bias: Any = None,
+        packed_seq_params=None,
     ) -> Tensor:
         """query, key, value (tokens, images, heads, D), attention_bias a TowerPlan -> (tokens, images, heads * D)."""
         return torch.cat([self._group(query, key, value, group) for group in attention_bias.groups], dim=1)
@@ -197,7 +212,14 @@ class CrossAttention(_CoreAttention):
     """Text rows attend to the real tokens of the images they see."""
 
     def forward(
-        self, query, key, value, attention_mask=None, attn_mask_type=None, attention_bias=None, packed_seq_params=None
+        self,
+        query,
+        key,
+        value,
+        attention_mask=None,
+        attn_mask_type=None,
+        attention_bias: Any = None,
+        packed_seq_params=None,
     ) -> Tensor:
         """query (S, B, heads, D), key and value (N, 1, groups, D), attention_bias a CrossPlan -> (S, B, heads * D)."""
         return torch.cat(

@@ -135,6 +135,9 @@ class MLlamaConfig(MLlamaModelConfig):
         per_token_loss = self.calculate_per_token_loss
         super().__post_init__()
         self.calculate_per_token_loss = per_token_loss
+        # The q and k norms of cross-attention are replicated over tensor-parallel ranks, each of which sees its own
+        # heads' gradient only. This makes Megatron sum them; without it, as in NeMo's config, the replicas drift apart.
+        self.qk_layernorm = True
 
     def configure_model(self, tokenizer=None, vp_stage=None):
         """Build the model (an MLlamaBase).

@@ -56,24 +56,25 @@ class MLlamaBase(MLlamaBaseModel):
         exactly nothing) and their trainable parameters get a gradient of zero.
         """
         tell_wrapped_norms(self._norm_linears)
-        if tiles is None or len(tiles) == 0:
+        if tiles is None or num_tiles is None or aspect_ratio_ids is None or len(tiles) == 0:
             return self.language_model(tokens, labels, idle_parameters=self._image_parameters())
         counts = num_tiles.tolist()
         self._check_tiles(counts, aspect_ratio_ids.tolist(), len(tiles))
-        plan = self._plan(tokens, image_sample, counts, visible_from, visible_until)
+        plan = self._plan(tokens, counts, image_sample, visible_from, visible_until)
         if not plan.sees_images:
             return self.language_model(tokens, labels, idle_parameters=self._image_parameters())
         image_tokens = self.vision_model(tiles, counts, aspect_ratio_ids)
         return self.language_model(tokens, labels, image_tokens, plan)
 
-    def _plan(self, tokens: Tensor, image_sample, counts: list[int], visible_from, visible_until) -> CrossPlan:
+    def _plan(self, tokens: Tensor, counts: list[int], *host: Tensor | None) -> CrossPlan:
+        image_sample, visible_from, visible_until = (tensor.tolist() for tensor in host if tensor is not None)
         return plan_cross_attention(
             num_samples=tokens.shape[0],
             num_rows=tokens.shape[1],
-            image_sample=image_sample.tolist(),
+            image_sample=image_sample,
             image_tokens=[count * self.tokens_per_tile for count in counts],
-            visible_from=visible_from.tolist(),
-            visible_until=visible_until.tolist(),
+            visible_from=visible_from,
+            visible_until=visible_until,
         )
 
     def _check_tiles(self, counts: list[int], aspect_ratio_ids: list[int], num_tiles: int) -> None:

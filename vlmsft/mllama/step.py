@@ -19,10 +19,9 @@ def data_step(dataloader_iter: Iterator[Any]) -> dict[str, Any]:
 
     Takes NeMo's (batch, batch index, loader index) as well as the bare batch. Copies don't wait if the loader pins.
     """
-    batch = next(dataloader_iter)
-    if isinstance(batch, tuple) and len(batch) == 3:
-        batch = batch[0]
-    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    item = next(dataloader_iter)
+    batch: dict[str, Any] = item[0] if isinstance(item, tuple) and len(item) == 3 else item
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return {
         key: value.to(device, non_blocking=True) if key in DEVICE_TENSORS and isinstance(value, Tensor) else value
         for key, value in batch.items()

@@ -50,7 +50,7 @@ class TextBlock(CrossAttentionTransformerBlock):
         plan: which rows see which of them
         Returns (S, B, H), normalised.
         """
-        row_mask = plan.row_mask(hidden_states) if image_tokens is not None else None
+        row_mask = plan.row_mask(hidden_states) if plan is not None and image_tokens is not None else None
         for i, layer in enumerate(self.layers):
             if image_tokens is not None and i in self.fusion_schedule:
                 cross_layer = self.xattn_layers[i]
