@@ -2,8 +2,9 @@
 
     python benchmarks/compose_time.py [--runs 15]
 
-Each run is a fresh process; the two take turns, so that both see the same machine. Prints the medians and their ratio, which
-must stay under 1.5: whatever makes composing import torch or NeMo shows here at once.
+Each run is a fresh process; the two take turns, so that both see the same machine. Prints the medians and their ratio,
+which must stay under 1.5: whatever makes composing import torch or NeMo shows here at once. The bare app finds the same
+Hydra plugins (ours, and the one of multi-storage-client, a dependency): Hydra imports every plugin of the environment.
 """
 
 from __future__ import annotations

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import nemo_run as run
 from nemo.collections.llm.recipes.optim.adam import distributed_fused_adam_with_cosine_annealing
 from nemo.lightning.pytorch.optim import MegatronOptimizerModule
 
 
 def adam_with_cosine_annealing(
-    precision: str,
+    precision: Literal["bf16-mixed", "16-mixed", "32"],
     max_lr: float,
     min_lr: float,
     warmup_steps: int,

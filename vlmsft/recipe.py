@@ -264,6 +264,12 @@ def _float(value: Any, member: Any) -> float:
     raise Mismatch
 
 
+def _text(value: Any, member: Any) -> str:
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)  # id=12345, name=2024, precision=32: typed as text, read as a number
+    raise Mismatch
+
+
 def _enum(value: Any, member: Any) -> enum.Enum:
     if value in member.__members__:
         return member[value]
@@ -312,6 +318,7 @@ def _is_callable_or_type(member: Any) -> bool:
 CONVERSIONS: list[tuple[Callable[[Any], bool], Callable[[Any, Any], Any]]] = [
     (lambda member: typing.get_origin(member) is Literal, _literal),
     (lambda member: member is float, _float),
+    (lambda member: member is str, _text),
     (lambda member: inspect.isclass(member) and issubclass(member, enum.Enum), _enum),
     (_is_dtype, _dtype),
     (lambda member: inspect.isclass(member) and issubclass(member, Path), _path),
