@@ -129,7 +129,7 @@ def test_all_problems_of_a_file_come_at_once(tmp_path, images):
 def test_a_good_file_has_no_problem_and_progress_ends_at_the_total(tmp_path, images):
     path = write(tmp_path / "train.jsonl", [{"conversations": turns("q", "a")}, GOOD])
     calls = []
-    assert find_problems(path, images, verify_images=True, progress=lambda *call: calls.append(call)) == []
+    assert find_problems(path, images, progress=lambda *call: calls.append(call)) == []
     assert calls[-1] == (4, 4)
 
 
@@ -147,6 +147,12 @@ def test_missing_file_folder_and_empty_file(tmp_path, images):
     assert "no record" in find_problems(path, images)[0].found
 
 
+def test_without_an_image_folder_missing_images_are_still_found_beside_other_problems(tmp_path):
+    missing = {"image": "/none/x.jpg", "conversations": GOOD["conversations"]}
+    path = write(tmp_path / "train.jsonl", ["{", missing])
+    assert [problem.where for problem in find_problems(path, None)] == [f"{path}:1", f"{path}:2"]
+
+
 def test_broken_json_list_names_the_line(tmp_path, images):
     path = tmp_path / "train.json"
     path.write_text('[\n{"image": "a.jpg"},\n{"image" "b.jpg"}]')
@@ -158,8 +164,8 @@ def test_unreadable_images_are_found_when_asked(tmp_path, images):
     whole = (images / "a.jpg").read_bytes()
     (images / "a.jpg").write_bytes(whole[: len(whole) // 2])
     path = write(tmp_path / "train.jsonl", [GOOD])
-    assert find_problems(path, images) == []
-    (problem,) = find_problems(path, images, verify_images=True)
+    assert find_problems(path, images, verify_images=0) == []
+    (problem,) = find_problems(path, images)
     assert str(problem).startswith(f"{path}:1: found unreadable image {images / 'a.jpg'}")
 
 

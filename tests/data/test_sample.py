@@ -16,7 +16,7 @@ def lines(path):
 
 def test_no_problem_in_either_file(sample_folder):
     for name in ("train.jsonl", "validation.jsonl"):
-        assert find_problems(sample_folder / name, sample_folder / "images", verify_images=True) == []
+        assert find_problems(sample_folder / name, sample_folder / "images") == []
 
 
 def test_validation_is_part_of_train_and_asks_each_question_of_three_photographs_with_different_answers(sample_folder):

@@ -74,5 +74,5 @@ class UserErrorLoader(DataLoader):
     def __iter__(self) -> Iterator[dict]:
         for batch in super().__iter__():
             if isinstance(batch, FailedBatch):
-                raise UserError(batch.problems)
+                raise UserError(batch.problems, "the run stopped")
             yield batch
