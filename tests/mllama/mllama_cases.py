@@ -133,8 +133,8 @@ def _slots(batch: dict[str, Tensor], pixels: Tensor) -> tuple[Tensor, Tensor, Te
 def nemo_inputs(batch: dict[str, Tensor], pixels: Tensor) -> dict[str, Any]:
     """The batch for NeMo's stock model; pixels: (T, 3, H, W) normalised.
 
-    A sample without images gets a slot of 0 tiles. Masks come from NeMo's own create_vision_mask_tensor, so they check the
-    contract's visible ranges as well.
+    A sample without images gets a slot of 0 tiles. Masks come from NeMo's own create_vision_mask_tensor, so they check
+    the contract's visible ranges as well.
     """
     from nemo.collections.vlm.mllama.model.utils import create_vision_mask_tensor
 
@@ -181,7 +181,7 @@ def randomise(model: torch.nn.Module, seed: int = 0) -> None:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, p in sorted(model.named_parameters()):
-            if "gate" in name.rsplit(".", 1)[-1].replace("gated_tile", ""):
+            if "gate" in name.rsplit(".", 1)[-1]:
                 values = 0.2 + 0.6 * torch.rand(p.shape, generator=generator)
             elif "norm" in name or "ln_p" in name:
                 values = 0.1 * torch.randn(p.shape, generator=generator) + (0 if name.endswith("bias") else 1)

@@ -20,7 +20,7 @@ def data_step(dataloader_iter: Iterator[Any]) -> dict[str, Any]:
     Takes NeMo's (batch, batch index, loader index) as well as the bare batch. Copies don't wait if the loader pins.
     """
     item = next(dataloader_iter)
-    batch: dict[str, Any] = item[0] if isinstance(item, tuple) and len(item) == 3 else item
+    batch = item[0] if isinstance(item, tuple) else item
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return {
         key: value.to(device, non_blocking=True) if key in DEVICE_TENSORS and isinstance(value, Tensor) else value
