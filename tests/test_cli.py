@@ -82,13 +82,13 @@ def test_option_of_a_sweep_that_does_not_exist(refused):
 
 @pytest.mark.parametrize("override", ["~optim.max_lrr", "+seed=3", "hydra.nonsense=1", "experiment=[]x"])
 def test_what_hydra_refuses_ends_in_our_message(refused, override):
-    assert "in the configuration; nothing was started" in refused(override)
+    assert "; nothing was started:" in refused(override)
 
 
 def test_user_error_of_the_command(run):
     code, out, message = run("seed=1")
     assert code == 2 and "STARTED None" in out, "child processes of a command don't inherit HYDRA_FULL_ERROR"
-    assert message == "1 problem in the configuration; nothing was started:\n  seed: found 1, expected another\n"
+    assert message == "1 problem; nothing was started:\n  seed: found 1, expected another\n"
     assert "HYDRA_FULL_ERROR" not in os.environ
 
 

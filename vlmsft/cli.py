@@ -21,7 +21,7 @@ from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import CompactHydraException, OverrideParseException
-from omegaconf import DictConfig, ListConfig, Node, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from vlmsft.config_files import register_resolvers, root
@@ -66,7 +66,7 @@ def _messages() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        print(format_problems(error.problems), file=sys.stderr)
+        print(format_problems(error), file=sys.stderr)
         sys.exit(USER_ERROR_EXIT_CODE)
 
 
@@ -89,10 +89,10 @@ def _raw_hydra_errors(raw: bool) -> Iterator[None]:
             os.environ["HYDRA_FULL_ERROR"] = before
 
 
-def format_problems(problems: list[Problem]) -> str:
+def format_problems(error: UserError) -> str:
     """The message that a command ends with."""
-    count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
-    return "\n".join([f"{count} in the configuration; nothing was started:", *(f"  {problem}" for problem in problems)])
+    count = f"{len(error.problems)} problem{'s' if len(error.problems) > 1 else ''}"
+    return "\n".join([f"{count}; {error.state}:", *(f"  {problem}" for problem in error.problems)])
 
 
 def _overrides_on_command_line() -> list[str]:
@@ -204,9 +204,10 @@ def _behind_interpolations(cfg: DictConfig, key: str) -> str:
     parts = key.split(".")
     for end in range(1, len(parts)):
         parent, name = _select(cfg, ".".join(parts[: end - 1])), parts[end - 1]
-        node = parent._get_node(name) if isinstance(parent, DictConfig) and name in parent else None
         referent = _select(cfg, ".".join(parts[:end]))
-        if isinstance(node, Node) and node._is_interpolation() and isinstance(referent, DictConfig):
+        if not isinstance(parent, DictConfig) or not isinstance(referent, DictConfig):
+            return key
+        if OmegaConf.is_interpolation(parent, name):
             return _behind_interpolations(cfg, ".".join([referent._get_full_key(None), *parts[end:]]))
     return key
 

@@ -28,14 +28,18 @@ class Problem:
 
 
 class UserError(Exception):
-    """Raised with every problem found; commands print it and exit with 2."""
+    """Raised with every problem found; commands print it and exit with 2.
 
-    def __init__(self, problems: Problem | Iterable[Problem]):
+    state: what became of the command, for the message's first line
+    """
+
+    def __init__(self, problems: Problem | Iterable[Problem], state: str = "nothing was started"):
         self.problems = [problems] if isinstance(problems, Problem) else list(problems)
+        self.state = state
         super().__init__("\n".join(str(problem) for problem in self.problems))
 
     def __reduce__(self):
-        return (UserError, (self.problems,))  # so that it survives a DataLoader worker
+        return (UserError, (self.problems, self.state))  # so that it survives a DataLoader worker
 
 
 def nearest(name: str, choices: Iterable[str]) -> str:

@@ -149,7 +149,7 @@ def _not_required(parameters: dict[str, Parameter]) -> dict[str, Parameter]:
     }
 
 
-def _own_parameters(function: Callable, owner: Callable) -> tuple[dict[str, Parameter], bool]:
+def _own_parameters(function: Callable, owner: Any) -> tuple[dict[str, Parameter], bool]:
     """Parameters by name (self and *args left out), and whether there are **kwargs."""
     try:
         signature = inspect.signature(function)
@@ -170,7 +170,7 @@ def _own_parameters(function: Callable, owner: Callable) -> tuple[dict[str, Para
     return parameters, takes_more
 
 
-def _namespaces(function: Callable, owner: Callable, name: str) -> Iterator[dict]:
+def _namespaces(function: Callable, owner: Any, name: str) -> Iterator[dict]:
     """Where an annotation written as a string may find its names: the class that wrote it, its bases, the function."""
     for base in getattr(owner, "__mro__", ()):
         if name in inspect.get_annotations(base):

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from omegaconf import DictConfig, OmegaConf
 
 from vlmsft.cli import command
+from vlmsft.errors import Problem, UserError
 
 if TYPE_CHECKING:
     import nemo_run as run
@@ -15,7 +16,10 @@ if TYPE_CHECKING:
 
 @command("train")
 def main(cfg: DictConfig) -> None:
-    recipe, executor = checked(cfg)
+    recipe, executor, problems = check(cfg)
+    if problems:
+        raise UserError(problems)
+    assert recipe is not None
 
     from vlmsft.runtime import job
     from vlmsft.runtime.logging import rank_from_environment
@@ -28,10 +32,9 @@ def main(cfg: DictConfig) -> None:
         job.launch(recipe, cfg.run_dir, cfg.name, executor)
 
 
-def checked(cfg: DictConfig) -> tuple[run.Partial, run.Executor | None]:
-    """The recipe and the executor of a config without known problems. Raises UserError with all problems at once."""
+def check(cfg: DictConfig) -> tuple[run.Partial | None, run.Executor | None, list[Problem]]:
+    """The recipe and the executor (None: this process), and everything that is wrong with the config and its data."""
     from vlmsft import checks
-    from vlmsft.errors import UserError
     from vlmsft.runtime.logging import console, quiet, rank_from_environment
 
     if rank_from_environment() == 0:
@@ -46,9 +49,7 @@ def checked(cfg: DictConfig) -> tuple[run.Partial, run.Executor | None]:
                 made[name] = translate_part(cfg)
             except UserError as error:
                 problems += [problem for problem in error.problems if problem not in problems]
-    if problems:
-        raise UserError(problems)
-    return made["recipe"], made["executor"]["executor"]
+    return made.get("recipe"), made.get("executor", {}).get("executor"), problems
 
 
 def keep_record(cfg: DictConfig) -> None:

@@ -120,9 +120,12 @@ class MLlamaConfig(MLlamaModelConfig):
     layers: transformer_engine, torch, or auto (TransformerEngine with a CUDA GPU, torch elsewhere)
     freeze_language_model, freeze_vision_model, freeze_vision_projection: no gradients for the text decoder
         (cross-attention included), the tower, the projector
+    gate_init: what a fresh model's gates hold. Meta's 0 lets a finished text model learn to see without forgetting; a
+        model that is trained from nothing learns to look sooner with open gates.
     """
 
     layers: str = "auto"
+    gate_init: float = 0.0
     freeze_language_model: bool = False
     freeze_vision_model: bool = False
     freeze_vision_projection: bool = False

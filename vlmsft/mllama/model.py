@@ -12,6 +12,9 @@ from vlmsft.mllama.attention import CrossPlan, plan_cross_attention
 from vlmsft.mllama.config import MLlamaConfig
 from vlmsft.mllama.layers import find_norm_linears, tell_wrapped_norms
 
+GATES = ("gate_attn", "gate_ffn", "gate", "gated_positional_embedding_gate")
+"""Last parts of the names of all gates: cross-attention, global layers, tile and position embeddings."""
+
 
 class MLlamaBase(MLlamaBaseModel):
     """NeMo's MLlamaBaseModel (its names, its checkpoint layout) with a forward that takes real tiles only."""
@@ -20,8 +23,14 @@ class MLlamaBase(MLlamaBaseModel):
         super().__init__(config=config, tokenizer=tokenizer)
         self.patch_size = config.vision_model_config.patch_size
         self.tokens_per_tile = (self.image_res // self.patch_size) ** 2 + 1
+        self._init_gates(config.gate_init)
         self._freeze(config)
         self._norm_linears = find_norm_linears(self)
+
+    def _init_gates(self, value: float) -> None:
+        for name, parameter in self.named_parameters():
+            if name.rsplit(".", 1)[-1] in GATES:
+                nn.init.constant_(parameter, value)
 
     def _freeze(self, config: MLlamaConfig) -> None:
         switches = {

@@ -67,7 +67,7 @@ class OverfitCheck(pl.Callback):
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._problems:  # only now: the last checkpoint is written after on_train_end
-            raise UserError(self._problems)
+            raise UserError(self._problems, "training ended, and its checkpoint is written")
 
 
 def permute_images(samples: Sequence[EncodedSample]) -> list[EncodedSample]:
