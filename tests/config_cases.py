@@ -21,6 +21,10 @@ DATA = [
 ]
 
 
+ROOT_OF = {"plan": "train"}
+"""Commands that read another command's root YAML."""
+
+
 @functools.cache
 def compose(*overrides: str, config_name: str = "train", with_hydra: bool = False) -> DictConfig:
     """conf/<config_name>.yaml with overrides as on the command line. Shared between tests: don't change it."""
@@ -55,4 +59,4 @@ def compose_command(name: str, arguments: list[str], with_hydra: bool = False) -
             overrides.append(f"{override.get_key_element()}={first}")
         else:
             overrides.append(override.input_line)
-    return compose(*overrides, config_name=name, with_hydra=with_hydra)
+    return compose(*overrides, config_name=ROOT_OF.get(name, name), with_hydra=with_hydra)

@@ -119,7 +119,7 @@ def maybe(width: Optional[int]) -> Optional[run.Config[Inner]]:
     return None if width is None else run.Config(Inner, width=width)
 
 
-def task(model: Inner, log: Annotated[Optional[Inner], run.Config[Inner]] = None, steps: int = 1) -> None:
+def task(model: Optional[Inner], log: Annotated[Optional[Inner], run.Config[Inner]] = None, steps: int = 1) -> None:
     """llm.finetune's habit: log=None becomes Config(Inner)."""
 
 

@@ -50,7 +50,7 @@ def refused(run):
 def test_misspelt_key_names_the_right_one(refused):
     message = refused("experiment=demo", "optim.max_lrr=1")
     assert "optim.max_lrr" in message and "'optim.max_lr'" in message
-    assert message.startswith("1 problem ")
+    assert message.startswith("1 problem")
 
 
 def test_all_at_once(refused):
@@ -63,7 +63,7 @@ def test_all_at_once(refused):
         "max_steps=3",
         "trainer.strategy.sequence_parallel=true",
     )
-    assert message.startswith("7 problems ")
+    assert message.startswith("7 problems")
     for expected in (
         "experiment: found 'demos', expected one of demo, llava_instruct_ja, lora. Did you mean 'demo'?",
         "Did you mean 'optim.max_lr'?",

@@ -104,9 +104,10 @@ def test_default_factory_child_without_target_keeps_what_the_factory_says():
 
 
 def test_explicit_null_survives_annotated_arguments():
-    task = translate({"_target_": "recipe_toys.task", "_partial_": True, "log": None})
+    task = translate({"_target_": "recipe_toys.task", "_partial_": True, "model": None, "log": None})
     assert task.log is None
-    assert run.Partial(toys.task, log=None).log == run.Config(toys.Inner), "else the test above shows nothing"
+    without_translation = run.Partial(toys.task, model=None, log=None)
+    assert without_translation.log == run.Config(toys.Inner), "else the test above shows nothing"
 
 
 def test_positional_arguments():
