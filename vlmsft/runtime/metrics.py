@@ -105,7 +105,7 @@ class MetricsFile(Callback):
 
     def _row(self, trainer: Trainer) -> dict[str, Any]:
         now, step, batch = time.monotonic(), trainer.global_step, global_batch_size(trainer)
-        row = {name: value for name, value in _logged(trainer).items() if not name.startswith("val")}
+        row: dict[str, Any] = {name: value for name, value in _logged(trainer).items() if not name.startswith("val")}
         row.update(step=step, epoch=trainer.current_epoch, lr=self._lr)
         row["elapsed_seconds"] = now - self._started
         if batch:

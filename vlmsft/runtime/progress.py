@@ -42,7 +42,7 @@ class TrainProgress(ProgressBar):
         self.num_truncated_samples = 0
         self._enabled = True
         self._console: Console | None = None
-        self._bar: Progress | None = None
+        self._bar: _Bar | None = None
         self._last_shown = -math.inf
         self._last_shown_step = -1
         self._last_val_loss: float | None = None
@@ -66,12 +66,12 @@ class TrainProgress(ProgressBar):
         self.rate = StepRate()
         if not self._enabled:
             return
-        self._console = run_logging.console()
-        if self._console.is_terminal:
-            self._bar = _make_bar(self._console)
-            self._bar.add_task("training", total=total_steps(trainer), completed=trainer.global_step)
-            self._bar.add_task("validation", total=None, visible=False)
-            self._bar.start()
+        self._console = console = run_logging.console()
+        if console.is_terminal:
+            self._bar = bar = _make_bar(console)
+            bar.add_task("training", total=total_steps(trainer), completed=trainer.global_step)
+            bar.add_task("validation", total=None, visible=False)
+            bar.start()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._lr = learning_rate(trainer)  # at the step's end the scheduler has already set the next one's

@@ -413,8 +413,9 @@ def file_fingerprint(path: str | os.PathLike[str]) -> dict[str, Any]:
 def name_size_fingerprint(folder: str | os.PathLike[str], names: Sequence[str]) -> dict[str, Any]:
     """Number of files, bytes, and sha256 over "name<TAB>size" lines in the names' order; size -1 for a missing file."""
     root = os.fspath(folder)
+    parts = [names[start : start + 1024] for start in range(0, len(names), 1024)]
     with ThreadPoolExecutor(16) as pool:  # on a network file system, waiting for stat is all there is
-        sizes = list(pool.map(lambda name: _size(os.path.join(root, name)), names, chunksize=256))
+        sizes = [size for part in pool.map(lambda part: _sizes(root, part), parts) for size in part]
     digest = hashlib.sha256()
     for name, size in zip(names, sizes, strict=True):
         digest.update(f"{name}\t{size}\n".encode("utf-8", "surrogateescape"))
@@ -426,11 +427,14 @@ def name_size_fingerprint(folder: str | os.PathLike[str], names: Sequence[str]) 
     }
 
 
-def _size(path: str) -> int:
-    try:
-        return os.stat(path).st_size
-    except OSError:
-        return -1
+def _sizes(root: str, names: Sequence[str]) -> list[int]:
+    sizes = []
+    for name in names:
+        try:
+            sizes.append(os.stat(os.path.join(root, name)).st_size)
+        except OSError:
+            sizes.append(-1)
+    return sizes
 
 
 def image_names(path: str | os.PathLike[str]) -> Iterator[str]:

@@ -194,7 +194,7 @@ class StartSummary(Callback):
 
 
 def _shapes(pl_module: LightningModule) -> tuple[sizes.TextShape, sizes.VisionShape] | None:
-    config = getattr(pl_module, "config", None)
+    config: Any = getattr(pl_module, "config", None)
     if not hasattr(getattr(config, "vision_model_config", None), "intermediate_layers_indices"):
         return None
     return sizes.TextShape.of(config.language_model_config), sizes.VisionShape.of(config.vision_model_config)
@@ -216,7 +216,8 @@ def _tokens_per_step(pl_module: LightningModule, data: Any) -> dict[str, int]:
 
 def memory_gib(trainer: Trainer, pl_module: LightningModule) -> float | None:
     """Estimate for this rank while it trains: parameters as they are, activations by `sizes.activation_bytes`."""
-    data, shapes = getattr(trainer, "datamodule", None), _shapes(pl_module)
+    data: Any = getattr(trainer, "datamodule", None)
+    shapes = _shapes(pl_module)
     if shapes is None or not hasattr(data, "decoder_seq_length"):
         return None
     text, vision = shapes

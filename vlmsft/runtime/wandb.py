@@ -51,6 +51,10 @@ class RunLogger(WandbLogger):
         self._run_dir, self._run_id = Path(run_dir), run_id
         # not Lightning's `offline`: it sets WANDB_MODE for the whole process and its children
         mode = "offline" if (not has_key() if offline is None else offline) else "online"
+        # pyright takes this module for the package where it doesn't see the environment
+        settings = wandb.Settings(  # pyright: ignore[reportAttributeAccessIssue]
+            console="off", disable_git=True, save_code=False, x_disable_meta=True
+        )
         super().__init__(
             name=name or run_id,
             save_dir=self._run_dir,
@@ -61,7 +65,7 @@ class RunLogger(WandbLogger):
             entity=entity,
             notes=notes,
             mode=os.environ.get("WANDB_MODE", mode),  # W&B's own switch, e.g. "disabled"
-            settings=wandb.Settings(console="off", disable_git=True, save_code=False, x_disable_meta=True),
+            settings=settings,
         )
 
     # NeMoLogger overwrites the logger's id and folder with those of its own log folder
