@@ -1,7 +1,7 @@
 """On a GPU: TransformerEngine's layers, bf16, and NeMo's stock classes as they are.
 
 Run with `pytest -m gpu tests/mllama/test_gpu.py -s` where torch, TransformerEngine 2.9 and NeMo 2.7.3 are installed.
-The model has about 800M parameters, since NeMo's tower is 1280 wide and at least 31 layers deep whatever the config says.
+The model has about 800M parameters: NeMo's tower is 1280 wide and at least 31 layers deep whatever the config says.
 """
 
 from __future__ import annotations
