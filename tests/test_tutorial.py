@@ -180,6 +180,7 @@ OUR_FIELDS = {
     "freeze_language_model": "what is trained; NeMo's MLlama has no such switch",
     "freeze_vision_model": "as above",
     "freeze_vision_projection": "as above",
+    "gate_init": "what a fresh model's gates hold; 0 as in NeMo, more for the tiny one, which learns from nothing",
     "language_model_config.layers": "follows layers",
     "vision_model_config.layers": "follows layers",
     "vision_model_config.patch_size": "NeMo hard-codes 14",
