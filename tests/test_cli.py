@@ -1,5 +1,6 @@
 """Wrong overrides: all of them in one message, each with its nearest name, exit code 2, no traceback."""
 
+import logging
 import os
 import subprocess
 import sys
@@ -23,6 +24,8 @@ def main(cfg):
 @pytest.fixture
 def run(monkeypatch, capsys):
     """Runs main() with arguments: exit code, stdout, stderr."""
+    # Hydra configures logging, which closes all handlers; absl's (nemo_run imports it) then closes pytest's capture file.
+    monkeypatch.setattr(logging, "_handlerList", [])
 
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["train", *arguments])
