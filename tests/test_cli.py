@@ -24,7 +24,7 @@ def main(cfg):
 @pytest.fixture
 def run(monkeypatch, capsys):
     """Runs main() with arguments: exit code, stdout, stderr."""
-    # Hydra configures logging, which closes all handlers; absl's (nemo_run imports it) then closes pytest's capture file.
+    # Hydra configures logging, which closes all handlers; absl's (from nemo_run) would close pytest's capture file.
     monkeypatch.setattr(logging, "_handlerList", [])
 
     def run(*arguments):
