@@ -1,7 +1,7 @@
-"""How long the demo takes and how its loss falls: python benchmarks/demo.py
+"""How long the demo takes and how its loss falls: python benchmarks/demo.py [key=value ...]
 
-Runs `python -m vlmsft.train experiment=demo` as `make demo` does, in a folder of its own; prints a row for
-benchmarks/RESULTS.md and draws docs/demo_loss.svg. Fails when the demo does.
+Runs `python -m vlmsft.train experiment=demo` as `make demo` does, in a folder of its own, and prints a row for
+benchmarks/RESULTS.md. Fails when the demo does. Without overrides it also draws docs/demo_loss.svg.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import matplotlib
+import torch
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -27,19 +28,23 @@ PACKAGES = ("nemo_toolkit", "megatron-core", "torch")
 
 
 def main() -> None:
+    overrides = sys.argv[1:]
     with tempfile.TemporaryDirectory() as folder:
         started = time.perf_counter()
         environment = {**os.environ, "PYTHONPATH": f"{REPOSITORY}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
-        command = [sys.executable, "-m", "vlmsft.train", "experiment=demo", "id=benchmark"]
+        command = [sys.executable, "-m", "vlmsft.train", "experiment=demo", "id=benchmark", *overrides]
         output = subprocess.run(command, cwd=folder, env=environment, check=True, capture_output=True, text=True).stdout
         seconds = time.perf_counter() - started
         with open(Path(folder, "runs/demo/benchmark/metrics.csv"), encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
-    draw(rows, REPOSITORY / "docs" / "demo_loss.svg")
+    if not overrides:
+        draw(rows, REPOSITORY / "docs" / "demo_loss.svg")
     training = float(rows[-1]["elapsed_seconds"])
     checked = next(line for line in output.splitlines() if line.startswith("training loss"))
     packages = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
-    print(f"| {date.today()} | {cpu()} | {packages} | {seconds:.0f} s | {training:.0f} s | {checked} |")
+    print(
+        f"| {date.today()} | {' '.join(overrides)} | {hardware()} | {packages} | {seconds:.0f} s | {training:.0f} s | {checked} |"
+    )
 
 
 def draw(rows: list[dict[str, str]], path: Path) -> None:
@@ -55,9 +60,12 @@ def draw(rows: list[dict[str, str]], path: Path) -> None:
     figure.savefig(path, metadata={"Date": None})
 
 
-def cpu() -> str:
-    """Model and number of cores."""
-    models = [line.split(":")[1].strip() for line in open("/proc/cpuinfo", encoding="utf-8") if "model name" in line]
+def hardware() -> str:
+    """The GPU, or else the CPU's model and number of cores."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    models = [line.split(":")[1].strip() for line in lines if "model name" in line]
     return f"{models[0] if models else platform.processor()}, {len(os.sched_getaffinity(0))} cores"
 
 

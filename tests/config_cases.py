@@ -53,7 +53,10 @@ def commands_in(text: str) -> list[tuple[str, list[str]]]:
 def compose_command(name: str, arguments: list[str], with_hydra: bool = False) -> DictConfig:
     """Composes what the command would: flags are dropped, of a sweep the first job is composed."""
     overrides = []
-    for override in OverridesParser.create().parse_overrides([a for a in arguments if not a.startswith("-")]):
+    words = [
+        a for before, a in zip(["", *arguments], arguments, strict=False) if not a.startswith("-") and before != "--cfg"
+    ]
+    for override in OverridesParser.create().parse_overrides(words):
         if override.is_sweep_override():
             first = next(iter(override.sweep_string_iterator()))
             overrides.append(f"{override.get_key_element()}={first}")

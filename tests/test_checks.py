@@ -77,12 +77,13 @@ CASES = [
     ([f"{VISION}.text_hidden_size=64"], f"{VISION}.text_hidden_size", "128"),
     ([f"{VISION}.vision_max_num_chunks=2"], f"{VISION}.max_num_tiles", "2"),
     ([f"{VISION}.intermediate_layers_indices=[1,99]"], f"{VISION}.intermediate_layers_indices", "increasing"),
-    (["data.seq_length=6404"], "data.seq_length", "260"),
+    (["data.seq_length=6404"], "data.seq_length", "68"),
     ([f"{TEXT}.vocab_size=1024"], f"{TEXT}.vocab_size", "512"),
     (["processor=/nowhere/at/all"], "processor", "a folder"),
     (["restore_from=/nowhere/at/all"], "restore_from", "NeMo checkpoint"),
     (["data.train_path=/nowhere/train.jsonl"], "data.train_path", "a JSON or JSONL file"),
-    (["data.image_folder=/nowhere"], "/nowhere", "the folder"),
+    (["data.image_folder=/nowhere"], "data.image_folder", "the folder"),
+    (["peft=lora", "peft.target_modules=[linear_qqv]"], "peft.target_modules", "linear_qkv"),
 ]
 
 
