@@ -42,9 +42,8 @@ def main() -> None:
     training = float(rows[-1]["elapsed_seconds"])
     checked = next(line for line in output.splitlines() if line.startswith("training loss"))
     packages = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
-    print(
-        f"| {date.today()} | {' '.join(overrides)} | {hardware()} | {packages} | {seconds:.0f} s | {training:.0f} s | {checked} |"
-    )
+    cells = (date.today(), " ".join(overrides), hardware(), packages, f"{seconds:.0f} s", f"{training:.0f} s", checked)
+    print("|", " | ".join(map(str, cells)), "|")
 
 
 def draw(rows: list[dict[str, str]], path: Path) -> None:
