@@ -67,7 +67,9 @@ def finetune_recipe(cfg: DictConfig) -> run.Partial:
     translator.raise_problems()
     # Passed as keywords, None would become Config(AutoResume): NeMo-Run 0.11.1 fills in Annotated arguments.
     late = {name: parts.pop(name) for name in ("log", "resume", "peft")}
-    recipe = run.Partial(llm.finetune, **parts)
+    # The data's tokenizer, and not the model's as by default: a fresh model has none, and from a checkpoint without one
+    # NeMo restores nothing (looking for it, it reads the whole context and refuses what isn't its own).
+    recipe = run.Partial(llm.finetune, **parts, tokenizer="data")
     for name, part in late.items():
         setattr(recipe, name, part)
     return recipe

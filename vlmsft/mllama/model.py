@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING, Any
 
+import torch
 from nemo.collections.vlm.mllama.model.base import MLlamaBaseModel
 from nemo.collections.vlm.mllama.model.base import MLlamaModel as NeMoMLlamaModel
+from nemo.lightning.megatron_parallel import MaskedTokenLossReduction
 from torch import Tensor, nn
 
 from vlmsft.mllama.attention import CrossPlan, plan_cross_attention
 from vlmsft.mllama.config import MLlamaConfig
 from vlmsft.mllama.layers import find_norm_linears, tell_wrapped_norms
+
+if TYPE_CHECKING:
+    from vlmsft.mllama.text import TextModel
+    from vlmsft.mllama.vision import VisionModel
 
 GATES = ("gate_attn", "gate_ffn", "gate", "gated_positional_embedding_gate")
 """Last parts of the names of all gates: cross-attention, global layers, tile and position embeddings."""
@@ -19,9 +26,15 @@ GATES = ("gate_attn", "gate_ffn", "gate", "gated_positional_embedding_gate")
 class MLlamaBase(MLlamaBaseModel):
     """NeMo's MLlamaBaseModel (its names, its checkpoint layout) with a forward that takes real tiles only."""
 
+    language_model: TextModel
+    vision_model: VisionModel
+
     def __init__(self, config: MLlamaConfig, tokenizer=None):
         super().__init__(config=config, tokenizer=tokenizer)
-        self.patch_size = config.vision_model_config.patch_size
+        vision = config.vision_model_config
+        assert vision is not None  # or there would be no tower
+        self.patch_size = vision.patch_size
+        self.aspect_ratios = vision.supported_aspect_ratios
         self.tokens_per_tile = (self.image_res // self.patch_size) ** 2 + 1
         self._init_gates(config.gate_init)
         self._freeze(config)
@@ -87,8 +100,7 @@ class MLlamaBase(MLlamaBaseModel):
         )
 
     def _check_tiles(self, counts: list[int], aspect_ratio_ids: list[int], num_tiles: int) -> None:
-        ratios = self.config.vision_model_config.supported_aspect_ratios
-        expected = [math.prod(ratios[i - 1]) for i in aspect_ratio_ids]
+        expected = [math.prod(self.aspect_ratios[i - 1]) for i in aspect_ratio_ids]
         if counts != expected or sum(counts) != num_tiles:
             raise ValueError(
                 f"a batch with {num_tiles} tiles says num_tiles {counts}, and its aspect ratio ids {aspect_ratio_ids} "
@@ -101,9 +113,44 @@ class MLlamaBase(MLlamaBaseModel):
         return [p for module in modules for p in module.parameters() if p.requires_grad]
 
 
+class ValidationLoss(MaskedTokenLossReduction):
+    """NeMo's mean loss of a global batch, and how many tokens it is the mean of."""
+
+    def __init__(self):
+        super().__init__(validation_step=True)
+        self.num_tokens: Tensor | int = 0
+
+    def reduce(self, losses_reduced_per_micro_batch: list[dict[str, Tensor]]) -> Tensor:
+        """The mean over the global batch, 0 if it has no answer token; num_tokens is set. A collective."""
+        from megatron.core import parallel_state
+
+        pairs = torch.stack([micro_batch["loss_sum_and_ub_size"] for micro_batch in losses_reduced_per_micro_batch])
+        total = pairs.sum(dim=0)
+        torch.distributed.all_reduce(total, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
+        loss_sum, self.num_tokens = total.unbind()
+        return loss_sum / self.num_tokens.clamp(min=1)
+
+
 class MLlamaModel(NeMoMLlamaModel):
-    """NeMo's MLlamaModel for an MLlamaConfig; forward takes vlmsft's micro batch (see MLlamaBase.forward)."""
+    """NeMo's MLlamaModel for an MLlamaConfig; forward takes vlmsft's micro batch (see MLlamaBase.forward).
+
+    val_loss is the mean over all answer tokens of the validation set. NeMo logs the mean of each global batch and
+    leaves it to Lightning to average these, whatever their tokens: 8 samples at the end count as much as the 20 before,
+    and other batch sizes give another val_loss.
+    """
 
     def forward(self, tokens: Tensor, position_ids: Tensor | None = None, labels: Tensor | None = None, **images):
         """Losses (B, S) when labels are given, logits (B, S, vocab_size / TP) otherwise."""
         return self.module(tokens=tokens, position_ids=position_ids, labels=labels, **images)
+
+    @property
+    def validation_loss_reduction(self) -> ValidationLoss:
+        if self._validation_loss_reduction is None:
+            self._validation_loss_reduction = ValidationLoss()
+        return self._validation_loss_reduction
+
+    def log(self, name: str, value: Any, *args, **kwargs) -> None:
+        """Lightning's, with each val_loss weighted by its tokens (NeMo's strategy logs it and has no place to say)."""
+        if name == "val_loss":
+            kwargs["batch_size"] = self.validation_loss_reduction.num_tokens
+        super().log(name, value, *args, **kwargs)

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from nemo import lightning as nl
+from torch.optim.adam import adam
 from torch.overrides import TorchFunctionMode
 
 from vlmsft.runtime.seed import seed_all
@@ -60,7 +61,60 @@ class _NoStream:
         pass
 
 
+class CpuAdam(torch.optim.Optimizer):
+    """torch's Adam that counts its steps per parameter group, as the fused Adams do that Megatron is written for.
+
+    torch.optim.Adam keeps a `step` beside each parameter's moments, which Megatron-Core 0.15.3 saves but can't load: it
+    asks an optimizer without state for the step (an AssertionError), looks for `step` among the saved moments (a
+    KeyError), and gives all parameters one and the same `step` tensor, which then counts as many times too fast.
+    With the step in the group, Megatron takes the path that every GPU run takes, and both checkpoint formats work.
+
+    adam_w_mode: decoupled weight decay; its name and default are TransformerEngine's and Apex's
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float,
+        betas: tuple[float, float],
+        eps: float,
+        weight_decay: float,
+        adam_w_mode: bool = True,
+        store_param_remainders: bool = False,  # of bf16 weights; Megatron passes it to a new TransformerEngine's
+    ):
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        self.adam_w_mode = adam_w_mode
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        for group in self.param_groups:
+            group["step"] = group.get("step", 0) + 1
+            params = [p for p in group["params"] if p.grad is not None]
+            for p in params:
+                if not self.state[p]:
+                    self.state[p] = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+            adam(
+                params,
+                [p.grad for p in params],
+                [self.state[p]["exp_avg"] for p in params],
+                [self.state[p]["exp_avg_sq"] for p in params],
+                [],
+                [torch.tensor(group["step"] - 1.0) for _ in params],  # adam counts them up
+                amsgrad=False,
+                beta1=group["betas"][0],
+                beta2=group["betas"][1],
+                lr=group["lr"],
+                weight_decay=group["weight_decay"],
+                eps=group["eps"],
+                maximize=False,
+                decoupled_weight_decay=self.adam_w_mode,
+            )
+
+
 def _patch_torch_cuda() -> None:
+    # also where there is a GPU: nothing of this run goes there, and no library takes its kernels
+    torch.cuda.is_available = lambda: False
+    torch.cuda.device_count = lambda: 0
     torch.cuda.current_device = lambda: CPU
     torch.cuda.synchronize = lambda *args, **kwargs: None
     torch.cuda.empty_cache = lambda: None
@@ -74,11 +128,16 @@ def _patch_torch_cuda() -> None:
 
 
 def _patch_megatron() -> None:
+    from megatron.core import optimizer as megatron_optimizer
+    from megatron.core.optimizer import distrib_optimizer
     from megatron.core.tensor_parallel import random as megatron_random
     from nemo.lightning.io import pl as nemo_io
 
     megatron_random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     megatron_random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+    megatron_optimizer.Adam = distrib_optimizer.Adam = CpuAdam
+    megatron_optimizer.USING_PYTORCH_OPTIMIZER = False
+    distrib_optimizer.HAVE_APEX_OR_TE = distrib_optimizer.USING_TE_OPTIMIZER = True
     # asserts that CUDA is initialised, then moves tensors between GPUs
     nemo_io._fix_tensors_device = lambda checkpoint: checkpoint
 
