@@ -9,26 +9,35 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from rich.progress import Progress
 
-from vlmsft.errors import Problem
+from vlmsft.errors import Problem, nearest
+from vlmsft.mllama import sizes
+from vlmsft.runtime.logging import console, rank_from_environment
 
 TEXT, VISION = "model.config.language_model_config", "model.config.vision_model_config"
 TENSOR_PARALLEL = "strategy.tensor_model_parallel_size"
 NUM_EXTRA_EMBEDDINGS = 8
 """NeMo's learnable_embedding, the image token's among them; split over the tensor-parallel ranks as the others are."""
 CPU_STRATEGY = "vlmsft.runtime.cpu.CpuMegatronStrategy"
+LOCAL_EXECUTOR = "nemo_run.LocalExecutor"
+SLOW_SECONDS = 2.0
+"""A look through the data that takes longer says how far it is."""
 
 
 def find_problems(cfg: DictConfig, world_size: int | None = None) -> list[Problem]:
     """The problems of a config composed from conf/train.yaml.
 
-    world_size: number of processes; None = trainer.num_nodes x trainer.devices
+    world_size: number of processes that torchrun or srun started; None = trainer.num_nodes x trainer.devices
     """
     facts = Facts(cfg, world_size)
     return [problem for check in CHECKS for problem in check(facts)]
@@ -38,11 +47,11 @@ class Facts:
     """Values of the config by key; None where a value is absent, `???` or an interpolation that can't be resolved."""
 
     def __init__(self, cfg: DictConfig, world_size: int | None):
-        self._cfg, self._world_size = cfg, world_size
+        self.cfg, self.started = cfg, world_size
 
     def __getitem__(self, key: str) -> Any:
         try:
-            value = OmegaConf.select(self._cfg, key, throw_on_missing=True)
+            value = OmegaConf.select(self.cfg, key, throw_on_missing=True)
         except OmegaConfBaseException:
             return None  # recipe.py names it
         return list(value) if isinstance(value, ListConfig) else value
@@ -55,8 +64,8 @@ class Facts:
     @property
     def world_size(self) -> int | None:
         """Processes of the run; None where only the machine it runs on will tell (devices: auto)."""
-        if self._world_size is not None:
-            return self._world_size
+        if self.started is not None:
+            return self.started
         devices = self["trainer.devices"]
         num_devices = len(devices) if isinstance(devices, list) else devices
         num_nodes = self["trainer.num_nodes"]
@@ -88,7 +97,7 @@ class Facts:
     @property
     def runs_here(self) -> bool:
         """Whether the files that the config names are those of this machine."""
-        return self["launch.executor"] is None
+        return self["launch.executor"] is None or self["launch.executor._target_"] == LOCAL_EXECUTOR
 
 
 # --- parallelism ------------------------------------------------------------------------------------------------------
@@ -135,6 +144,10 @@ def tensor_parallel_divides(facts: Facts) -> Iterator[Problem]:
 
 
 def world_size_fits(facts: Facts) -> Iterator[Problem]:
+    configured = Facts(facts.cfg, None).world_size
+    if facts.started is not None and configured is not None and facts.started != configured:
+        expected = f"{facts.started} processes in all, which torchrun or srun started"
+        yield Problem("trainer.devices", f"{configured} with trainer.num_nodes", expected)
     sizes = facts.whole(TENSOR_PARALLEL)
     if sizes is None or facts.world_size is None or sizes[0] < 1:
         return
@@ -281,6 +294,37 @@ def _multiple_of(facts: Facts, multiple: str, unit: str) -> Iterator[Problem]:
         yield Problem(multiple, str(values[0]), f"a multiple of {unit} {values[1]}")
 
 
+def lora_targets(facts: Facts) -> Iterator[Problem]:
+    """NeMo passes over a pattern that hits nothing, and would train nothing."""
+    targets, known = facts["peft.target_modules"], shapes(facts.cfg)
+    if known is None or not isinstance(targets, list):
+        return
+    matrices = sizes.lora_matrices(*known)
+    names = sizes.matrix_names(matrices)
+    for target in targets:
+        if isinstance(target, str) and not sizes.lora_hits(target, matrices):
+            expected = f"a pattern that hits one of the model's matrices: {', '.join(names)}"
+            remedy = nearest(target.rpartition(".")[2], names)
+            yield Problem("peft.target_modules", repr(target), expected, remedy)
+
+
+def shapes(cfg: DictConfig) -> tuple[sizes.TextShape, sizes.VisionShape] | None:
+    """The sizes of an MLlama's two halves; None where one isn't a positive number."""
+    facts = Facts(cfg, None)
+    text_names = [field.name for field in fields(sizes.TextShape) if field.name != "kv_channels"]
+    vision_names = [field.name for field in fields(sizes.VisionShape) if field.name != "num_intermediate_layers"]
+    text = facts.whole(*(f"{TEXT}.{name}" for name in text_names))
+    vision = facts.whole(*(f"{VISION}.{name}" for name in vision_names))
+    indices = facts[f"{VISION}.intermediate_layers_indices"]
+    if text is None or vision is None or not isinstance(indices, list) or min(*text, *vision) < 1:
+        return None
+    kv_channels = facts[f"{TEXT}.kv_channels"]
+    return (
+        sizes.TextShape(**dict(zip(text_names, text, strict=True)), kv_channels=kv_channels),
+        sizes.VisionShape(**dict(zip(vision_names, vision, strict=True)), num_intermediate_layers=len(indices)),
+    )
+
+
 # --- files ------------------------------------------------------------------------------------------------------------
 
 
@@ -332,10 +376,9 @@ def checkpoint_exists(facts: Facts) -> Iterator[Problem]:
 
 def data_files(facts: Facts) -> Iterator[Problem]:
     """What vlmsft.data finds in the files, on the first process of a run only: the others would repeat it."""
-    if not facts.runs_here or os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) != "0":
+    if not facts.runs_here or rank_from_environment() != 0:
         return
-    if facts["data.check_files"] is False:
-        return
+    folder_problems = set()
     for key in ("data.train_path", "data.validation_path"):
         path, image_folder = facts[key], facts["data.image_folder"]
         if not isinstance(path, str):
@@ -343,9 +386,55 @@ def data_files(facts: Facts) -> Iterator[Problem]:
         if not Path(path).is_file():
             yield Problem(key, repr(path), "a JSON or JSONL file of records")
             continue
-        from vlmsft.data.records import find_problems as problems_of_file
+        for problem in problems_of_file(path, image_folder):
+            if problem.where != image_folder:
+                yield problem
+            elif problem not in folder_problems:  # it isn't there for both files
+                folder_problems.add(problem)
+                yield replace(problem, where="data.image_folder", found=f"no folder {image_folder!r}")
 
-        yield from problems_of_file(path, image_folder)
+
+def problems_of_file(path: str, image_folder: str | None) -> list[Problem]:
+    """The first problems of a file of records; looked for once, however many jobs of a multirun use the file."""
+    import vlmsft.data.encode  # noqa: F401  (seconds, which are not the data's)
+    from vlmsft.data.records import capped
+
+    stat = os.stat(path)
+    key = (path, stat.st_size, stat.st_mtime_ns, image_folder)
+    if key not in _checked:
+        from vlmsft.data.records import find_problems as look_through
+
+        with _progress_if_slow(f"looking through {path}") as progress:
+            _checked[key] = capped(look_through(path, image_folder, progress=progress))
+    return _checked[key]
+
+
+_checked: dict[tuple[str, int, int, str | None], list[Problem]] = {}
+
+
+@contextmanager
+def _progress_if_slow(text: str) -> Iterator[Callable[[int, int], None]]:
+    """Gives a function of (done, total) that shows a bar on the console once SLOW_SECONDS have gone by."""
+    started, bar, task = time.monotonic(), None, None
+
+    def show(done: int, total: int) -> None:
+        nonlocal bar, task
+        if bar is None and time.monotonic() - started < SLOW_SECONDS:
+            return
+        if bar is None:
+            out = console()
+            if not out.is_terminal:
+                out.print(f"{text} ...", markup=False, highlight=False)
+            bar = Progress(console=out, transient=True, disable=not out.is_terminal)
+            task = bar.add_task(text)
+            bar.start()
+        bar.update(task, completed=done, total=total)
+
+    try:
+        yield show
+    finally:
+        if bar is not None:
+            bar.stop()
 
 
 CHECKS: tuple[Callable[[Facts], Iterator[Problem]], ...] = (
@@ -360,6 +449,7 @@ CHECKS: tuple[Callable[[Facts], Iterator[Problem]], ...] = (
     learning_rate,
     text_sizes,
     vision_sizes,
+    lora_targets,
     processor_fits,
     checkpoint_exists,
     data_files,

@@ -13,14 +13,17 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import hydra
 from hydra._internal.utils import get_args_parser
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import CompactHydraException, OverrideParseException
+from hydra.types import RunMode
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -28,20 +31,30 @@ from vlmsft.config_files import register_resolvers, root
 from vlmsft.errors import Problem, UserError, nearest
 
 USER_ERROR_EXIT_CODE = 2
+INTERRUPTED_EXIT_CODE = 130
+"""128 + SIGINT, as a shell has it."""
 
 
-def command(config_name: str) -> Callable[[Callable[[DictConfig], None]], Callable[[], None]]:
+def command(
+    config_name: str, after_all: Callable[[], None] | None = None
+) -> Callable[[Callable[[DictConfig], None]], Callable[[], None]]:
     """hydra.main on conf/<config_name>.yaml, with the house's error messages.
 
     UserError, raised while composing or by the command itself, is printed without a traceback and ends the process with
-    exit code 2. Any other exception is a bug and keeps its traceback.
+    exit code 2. Any other exception is a bug and keeps its traceback. A KeyboardInterrupt ends it with 130.
+
+    In a multirun (-m) the command is called once for each job, and the UserErrors of all jobs come in one message.
+    after_all: called once when no job had one; a command that is to start nothing before all jobs are known to be right
+    only takes note of each, and starts them here
     """
     register_resolvers()
 
     def decorate(task: Callable[[DictConfig], None]) -> Callable[[], None]:
+        sweep = Sweep()
+
         @functools.wraps(task)
         def task_with_messages(cfg: DictConfig) -> None:
-            with _raw_hydra_errors(False), _messages():
+            with _raw_hydra_errors(False), _messages(), sweep.job():
                 task(cfg)
 
         run = hydra.main(config_path=str(root() / "conf"), config_name=config_name, version_base="1.3")(
@@ -51,10 +64,15 @@ def command(config_name: str) -> Callable[[Callable[[DictConfig], None]], Callab
         @functools.wraps(task)
         def main() -> None:
             with _messages(), _raw_hydra_errors(True):
+                sweep.clear()
                 try:
                     run()
                 except (CompactHydraException, OmegaConfBaseException) as error:
                     raise UserError(explain(config_name, _overrides_on_command_line(), error)) from None
+                sweep.raise_problems()
+                if after_all is not None:
+                    with _raw_hydra_errors(False):
+                        after_all()
 
         return main
 
@@ -68,6 +86,58 @@ def _messages() -> Iterator[None]:
     except UserError as error:
         print(format_problems(error), file=sys.stderr)
         sys.exit(USER_ERROR_EXIT_CODE)
+    except KeyboardInterrupt:
+        print("Interrupted.", file=sys.stderr)
+        sys.exit(INTERRUPTED_EXIT_CODE)
+
+
+def multirun_job() -> tuple[int, list[str]] | None:
+    """Number and overrides of this job of a multirun; None outside one."""
+    hydra_config = HydraConfig.get() if HydraConfig.initialized() else None
+    if hydra_config is None or hydra_config.mode != RunMode.MULTIRUN:
+        return None
+    return hydra_config.job.num, list(hydra_config.overrides.task)
+
+
+class Sweep:
+    """What is wrong with the jobs of a multirun, each problem once, with the jobs that have it."""
+
+    def __init__(self) -> None:
+        self._overrides: dict[int, list[str]] = {}
+        self._problems: dict[Problem, list[int]] = {}
+
+    def clear(self) -> None:
+        self.__init__()
+
+    @contextmanager
+    def job(self) -> Iterator[None]:
+        """Keeps a UserError back where this is a job of a multirun."""
+        job = multirun_job()
+        try:
+            yield
+        except UserError as error:
+            if job is None:
+                raise
+            for problem in error.problems:
+                self._problems.setdefault(problem, []).append(job[0])
+        finally:
+            if job is not None:
+                self._overrides[job[0]] = job[1]
+
+    def raise_problems(self) -> None:
+        if self._problems:
+            raise UserError(self._labelled(problem, jobs) for problem, jobs in self._problems.items())
+
+    def _labelled(self, problem: Problem, jobs: list[int]) -> Problem:
+        if len(jobs) == len(self._overrides):
+            return problem
+        labels = ", ".join(f"job {number} ({' '.join(self.varying(number))})" for number in jobs)
+        return replace(problem, where=f"{labels}: {problem.where}")
+
+    def varying(self, number: int) -> list[str]:
+        """The overrides of a job that not all jobs have."""
+        common = set.intersection(*(set(overrides) for overrides in self._overrides.values()))
+        return [override for override in self._overrides[number] if override not in common]
 
 
 @contextmanager

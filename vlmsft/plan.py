@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 from omegaconf import DictConfig
 
 from vlmsft.cli import command
-from vlmsft.errors import Problem, UserError
+from vlmsft.errors import UserError
 from vlmsft.mllama.sizes import (
     GIB,
     Count,
@@ -27,76 +26,81 @@ TILES_PER_IMAGE = 4
 
 @command("train")
 def main(cfg: DictConfig) -> None:
-    from fiddle.printing import as_str_flattened
-
     from vlmsft.runtime.logging import console
-    from vlmsft.runtime.summary import show
     from vlmsft.train import check
 
-    recipe, _, problems = check(cfg)
+    recipe, _, problems = check(cfg)  # imports NeMo and keeps it quiet: what imports torch comes after it
     if recipe is not None:
-        console().print(as_str_flattened(recipe), markup=False, highlight=False, soft_wrap=True)
-        console().print()
-    if not problems or can_be_counted(problems):
+        console().print(f"{written_out(recipe)}\n", markup=False, highlight=False, soft_wrap=True)
+    if can_be_counted(cfg):
+        from vlmsft.runtime.summary import show
+
         show(facts(cfg), console())
     if problems:
         raise UserError(problems)
 
 
-def can_be_counted(problems: list[Problem]) -> bool:
-    """Whether the sizes that the summary is computed from are themselves in order."""
-    prefixes = ("model", "data.global", "data.micro", "data.decoder", "trainer.devices", "trainer.num", "strategy", "peft")
-    return not any(problem.where.startswith(prefixes) for problem in problems)
+def written_out(recipe: Any) -> str:
+    """Each class and value that the recipe sets, one a line; what it leaves to NeMo's defaults is left out."""
+    import fiddle as fdl
+    from fiddle import daglish
+
+    lines, said = [], set()
+    for value, path in daglish.iterate(recipe, memoized=False):
+        name = daglish.path_str(path).lstrip(".")
+        if any(name.startswith(f"{parent}[") for parent in said):
+            continue
+        if isinstance(value, fdl.Buildable):
+            target = fdl.get_callable(value)
+            lines.append(f"{name or 'run'}: {target.__module__}.{target.__qualname__}")
+        elif not isinstance(value, (list, tuple)) or not any(isinstance(item, fdl.Buildable) for item in value):
+            lines.append(f"{name} = {value!r}")
+            said.add(name)
+    return "\n".join(lines)
+
+
+def can_be_counted(cfg: DictConfig) -> bool:
+    """Whether all that the summary is computed from is there and fits, whatever else is wrong."""
+    from vlmsft import checks
+
+    values = checks.Facts(cfg, None)
+    counts = values.whole("data.decoder_seq_length", "trainer.max_steps")
+    if checks.shapes(cfg) is None or counts is None or min(counts) < 1 or not values.num_microbatches:
+        return False
+    lora = values["peft.target_modules"], values["peft.dim"]
+    if values["peft"] is not None and not (isinstance(lora[0], list) and type(lora[1]) is int):
+        return False
+    freezes = (f"model.config.freeze_{part}" for part in ("language_model", "vision_model", "vision_projection"))
+    if not all(isinstance(values[key], bool) for key in freezes):
+        return False
+    sizes_fit = (checks.tensor_parallel_divides, checks.text_sizes, checks.vision_sizes, checks.lora_targets)
+    return not any(problem for check in sizes_fit for problem in check(values))
 
 
 def facts(cfg: DictConfig) -> Any:
-    """The summary (RunFacts) of a config whose sizes are in order."""
+    """The summary (RunFacts) of a config that `can_be_counted`."""
+    from vlmsft.checks import Facts, shapes
     from vlmsft.runtime.summary import RunFacts
 
-    text, vision = shapes(cfg)
-    ranks = cfg.trainer.num_nodes * cfg.trainer.devices
+    values, known = Facts(cfg, None), shapes(cfg)
+    assert known is not None and values.world_size is not None and values.data_parallel_size is not None
+    text, vision = known
+    on_cpu = values["trainer.accelerator"] == "cpu"
     return RunFacts(
-        model=cfg.model_name,
+        model=str(values["model_name"]),
         parameters=parameters(cfg, text, vision),
-        precision=str(cfg.precision),
-        tensor_model_parallel_size=cfg.strategy.tensor_model_parallel_size,
-        data_parallel_size=ranks // cfg.strategy.tensor_model_parallel_size,
-        device="CPU" if cfg.trainer.accelerator == "cpu" else f"{ranks} GPUs",
-        micro_batch_size=cfg.data.micro_batch_size,
-        global_batch_size=cfg.data.global_batch_size,
+        precision=str(values["precision"]),
+        tensor_model_parallel_size=values["strategy.tensor_model_parallel_size"],
+        data_parallel_size=values.data_parallel_size,
+        device="the CPU" if on_cpu else f"{values.world_size} GPUs",
+        micro_batch_size=values["data.micro_batch_size"],
+        global_batch_size=values["data.global_batch_size"],
         tokens_per_step=tokens(cfg, vision),
-        num_train_samples=num_records(cfg.data.train_path),
-        max_steps=cfg.trainer.max_steps,
-        val_check_interval=cfg.trainer.val_check_interval,
-        memory_gib_per_gpu=memory(cfg, text, vision).peak / GIB,
-        run_dir=cfg.run_dir,
-    )
-
-
-def shapes(cfg: DictConfig) -> tuple[TextShape, VisionShape]:
-    """The sizes of the model's two halves."""
-    text, vision = cfg.model.config.language_model_config, cfg.model.config.vision_model_config
-    return (
-        TextShape(
-            num_layers=text.num_layers,
-            num_cross_attention_layers=text.num_cross_attention_layers,
-            hidden_size=text.hidden_size,
-            ffn_hidden_size=text.ffn_hidden_size,
-            num_attention_heads=text.num_attention_heads,
-            num_query_groups=text.num_query_groups,
-            vocab_size=text.vocab_size,
-        ),
-        VisionShape(
-            num_layers=vision.num_layers,
-            num_global_layers=vision.num_global_layers,
-            hidden_size=vision.hidden_size,
-            ffn_hidden_size=vision.ffn_hidden_size,
-            vision_chunk_size=vision.vision_chunk_size,
-            patch_size=vision.patch_size,
-            num_intermediate_layers=len(vision.intermediate_layers_indices),
-            text_hidden_size=vision.text_hidden_size,
-            max_num_tiles=vision.max_num_tiles,
-        ),
+        num_train_samples=num_records(values["data.train_path"]),
+        max_steps=values["trainer.max_steps"],
+        val_check_interval=values["trainer.val_check_interval"],
+        memory_gib_per_gpu=None if on_cpu else memory(cfg, text, vision, values.data_parallel_size).peak / GIB,
+        run_dir=values["run_dir"],
     )
 
 
@@ -112,7 +116,7 @@ def parameters(cfg: DictConfig, text: TextShape, vision: VisionShape) -> dict[st
     adapters = cfg.peft is not None
     table = {part: (count.total, 0 if adapters or frozen[part] else count.total) for part, count in counts.items()}
     if adapters:
-        size = lora_count(text, cfg.peft.dim, list(cfg.peft.target_modules)).total
+        size = lora_count(text, vision, cfg.peft.dim, list(cfg.peft.target_modules)).total
         table["LoRA"] = (size, size)
     return table
 
@@ -128,17 +132,17 @@ def tokens(cfg: DictConfig, vision: VisionShape) -> dict[str, int]:
     )
 
 
-def memory(cfg: DictConfig, text: TextShape, vision: VisionShape) -> MemoryEstimate:
+def memory(cfg: DictConfig, text: TextShape, vision: VisionShape, data_parallel_size: int) -> MemoryEstimate:
     """One GPU's bytes, at the longest text and one image of 4 tiles a sample."""
-    config, tp = cfg.model.config, cfg.strategy.tensor_model_parallel_size
+    config = cfg.model.config
     return memory_estimate(
         text,
         vision,
         micro_batch_size=cfg.data.micro_batch_size,
         text_tokens=cfg.data.decoder_seq_length,
         tiles_per_image=TILES_PER_IMAGE,
-        tensor_model_parallel_size=tp,
-        data_parallel_size=cfg.trainer.num_nodes * cfg.trainer.devices // tp,
+        tensor_model_parallel_size=cfg.strategy.tensor_model_parallel_size,
+        data_parallel_size=data_parallel_size,
         bf16=str(cfg.precision) != "32",
         freeze_language_model=config.freeze_language_model,
         freeze_vision_model=config.freeze_vision_model,
@@ -148,11 +152,14 @@ def memory(cfg: DictConfig, text: TextShape, vision: VisionShape) -> MemoryEstim
     )
 
 
-def num_records(path: str) -> int | None:
-    """Records of a JSON or JSONL file; None if it isn't there."""
+def num_records(path: Any) -> int | None:
+    """Records of a JSON or JSONL file; None where it can't be read."""
     from vlmsft.data.records import RecordFile
 
-    return len(RecordFile(path)) if os.path.isfile(path) else None
+    try:
+        return len(RecordFile(path)) if isinstance(path, str) else None
+    except UserError:
+        return None
 
 
 if __name__ == "__main__":

@@ -24,7 +24,8 @@ TEXT_90B = TextShape(80, 20, 8192, 28672, 64, 8, 128256)
 VISION_90B = dataclasses.replace(VISION_11B, text_hidden_size=8192)
 TEXT_TINY = TextShape(4, 2, 32, 64, 4, 2, 128)
 VISION_TINY = VisionShape(3, 2, 48, 56, 14, 2, 32, ffn_hidden_size=96)
-LORA = {"lora_dim": 8, "lora_target_modules": ["linear_qkv", "linear_q", "linear_kv"]}
+TEXT_TARGETS = [f"*.language_model.*.{name}" for name in ("linear_qkv", "linear_q", "linear_kv")]
+LORA = {"lora_dim": 8, "lora_target_modules": TEXT_TARGETS}
 
 
 def totals(text, vision):
@@ -44,11 +45,17 @@ def test_90b():
 
 def test_lora():
     # 32 self-attention layers with (4096 in, 6144 out), 8 cross layers with (4096, 4096) and (4096, 2048)
-    assert lora_count(TEXT_11B, 8, LORA["lora_target_modules"]).total == 8 * (32 * 10240 + 8 * (8192 + 6144))
-    pattern = lora_count(TEXT_11B, 8, ["*.language_model.*.linear_qkv"])
-    assert pattern == lora_count(TEXT_11B, 8, ["linear_qkv"])
-    with pytest.raises(ValueError, match="'q_proj': the text decoder has linear_qkv"):
-        lora_count(TEXT_11B, 8, ["q_proj"])
+    text_only = lora_count(TEXT_11B, VISION_11B, 8, LORA["lora_target_modules"]).total
+    assert text_only == 8 * (32 * 10240 + 8 * (8192 + 6144))
+    # NeMo's own names hit the tower's 32 + 8 layers with (1280 in, 3840 out) as well
+    with_tower = lora_count(TEXT_11B, VISION_11B, 8, ["linear_qkv", "linear_q", "linear_kv"]).total
+    assert with_tower == text_only + 8 * 40 * 5120
+    first_layer = lora_count(TEXT_11B, VISION_11B, 8, ["*.decoder.layers.0.*.linear_qkv"]).total
+    assert first_layer == 8 * 10240
+    twice = ["linear_qkv", "*.linear_qkv"]
+    assert lora_count(TEXT_11B, VISION_11B, 8, twice) == lora_count(TEXT_11B, VISION_11B, 8, twice[:1])
+    with pytest.raises(ValueError, match=r"'q_proj' hits none of .*linear_qkv"):
+        lora_count(TEXT_11B, VISION_11B, 8, ["q_proj"])
 
 
 def test_tensor_parallel_ranks_hold_shards_and_copies():
@@ -80,9 +87,11 @@ def test_frozen_parts_cost_their_weights_only():
     frozen = memory_estimate(TEXT_11B, VISION_11B, **SMALL, freeze_vision_model=True)
     assert frozen.gradients == 4 * (counts["text"] + counts["projector"])
     lora = memory_estimate(TEXT_11B, VISION_11B, **SMALL, **LORA)
-    assert lora.gradients == 4 * lora_count(TEXT_11B, 8, LORA["lora_target_modules"]).total
+    assert lora.gradients == 4 * lora_count(TEXT_11B, VISION_11B, 8, TEXT_TARGETS).total
     full = memory_estimate(TEXT_11B, VISION_11B, **SMALL)
     assert lora.activations < frozen.activations < full.activations
+    in_tower = {"lora_dim": 8, "lora_target_modules": ["linear_qkv"]}
+    assert memory_estimate(TEXT_11B, VISION_11B, **SMALL, **in_tower).activations > 2 * lora.activations
 
 
 @pytest.mark.parametrize(
@@ -166,10 +175,60 @@ def test_tokens_per_step():
 @pytest.mark.nemo
 def test_counts_equal_the_real_modules():
     """Sharded and replicated parameters too: Megatron marks the sharded ones."""
-    from vlmsft.mllama.config import MLlamaConfig, TextConfig, VisionConfig
     from vlmsft.runtime.summary import part_of
 
-    config = MLlamaConfig(
+    model = build(tiny_config())
+    found: dict[str, Count] = {}
+    for name, parameter in model.named_parameters():
+        sharded = getattr(parameter, "tensor_model_parallel", False)
+        count = Count(parameter.numel()) if sharded else Count(0, parameter.numel())
+        found[part_of(name)] = found.get(part_of(name), Count(0)) + count
+    assert {part: count.total for part, count in found.items()} == totals(TEXT_TINY, VISION_TINY)
+    assert found == parameter_counts(TEXT_TINY, VISION_TINY)
+
+
+@pytest.mark.nemo
+@pytest.mark.parametrize(
+    "targets",
+    [
+        TEXT_TARGETS,
+        ["linear_qkv", "linear_q", "linear_kv"],
+        ["linear_proj", "linear_fc1", "linear_fc2"],
+        ["*.decoder.layers.1.*.linear_fc1", "*.xattn_layers.*.linear_proj", "*.global_transformer.*.linear_fc2"],
+        ["output_layer", "encoder", "_linear"],
+    ],
+    ids=lambda targets: " ".join(targets),
+)
+def test_lora_count_equals_nemos_adapters(targets):
+    from nemo.collections.vlm.peft import LoRA
+
+    root = torch_module_of(build(tiny_config()))
+    for parameter in root.parameters():
+        parameter.requires_grad_(False)
+    root.walk(LoRA(target_modules=targets, dim=4, alpha=8).transform)
+    adapters = [(name, p) for name, p in root.named_parameters() if ".adapter." in name]
+    found = sum(p.numel() for _, p in adapters)
+    assert found == lora_count(TEXT_TINY, VISION_TINY, 4, targets).total > 0
+    assert all(p.tensor_model_parallel for _, p in adapters), "sharded, all of them"
+
+
+def torch_module_of(model):
+    """The model as `module` of a root that can be walked, as NeMo's Lightning module is one."""
+    import torch
+    from nemo.collections.llm import fn
+
+    class Root(torch.nn.Module, fn.FNMixin):
+        def __init__(self):
+            super().__init__()
+            self.module = model
+
+    return Root()
+
+
+def tiny_config():
+    from vlmsft.mllama.config import MLlamaConfig, TextConfig, VisionConfig
+
+    return MLlamaConfig(
         layers="torch",
         language_model_config=TextConfig(
             num_layers=TEXT_TINY.num_layers,
@@ -195,14 +254,6 @@ def test_counts_equal_the_real_modules():
         ),
         use_cpu_initialization=True,
     )
-    model = build(config)
-    found: dict[str, Count] = {}
-    for name, parameter in model.named_parameters():
-        sharded = getattr(parameter, "tensor_model_parallel", False)
-        count = Count(parameter.numel()) if sharded else Count(0, parameter.numel())
-        found[part_of(name)] = found.get(part_of(name), Count(0)) + count
-    assert {part: count.total for part, count in found.items()} == totals(TEXT_TINY, VISION_TINY)
-    assert found == parameter_counts(TEXT_TINY, VISION_TINY)
 
 
 def build(config):

@@ -6,7 +6,8 @@ Names are those of NeMo's CrossAttentionTextConfig and CrossAttentionVisionConfi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import MISSING, Field, dataclass, fields
 from typing import Any
 
@@ -154,26 +155,73 @@ def projector_count(vision: VisionShape) -> Count:
     return Count((vision.projector_input_size + 1) * vision.text_hidden_size)
 
 
-def lora_count(text: TextShape, dim: int, target_modules: Sequence[str]) -> Count:
-    """LoRA in the text decoder: dim x (inputs + outputs) for each matched matrix; NeMo shards both factors.
-
-    target_modules: NeMo's names, of which the last part counts ("linear_qkv", "*.language_model.*.linear_qkv").
-    Raises ValueError for a name that the decoder doesn't have.
-    """
+def lora_matrices(text: TextShape, vision: VisionShape) -> dict[str, int]:
+    """{module name: inputs + outputs} of every matrix that NeMo's LoRA can take; names as it sees them."""
     h, f = text.hidden_size, text.ffn_hidden_size
-    self_layers, cross_layers = text.num_layers, text.num_cross_attention_layers
-    widths = {
-        "linear_qkv": self_layers * (h + text.query_size + 2 * text.key_size),
-        "linear_q": cross_layers * (h + text.query_size),
-        "linear_kv": cross_layers * (h + 2 * text.key_size),
-        "linear_proj": (self_layers + cross_layers) * (text.query_size + h),
-        "linear_fc1": (self_layers + cross_layers) * (h + 2 * f),
-        "linear_fc2": (self_layers + cross_layers) * (f + h),
+    decoder = "module.language_model.decoder"
+    mlp = {"mlp.linear_fc1": h + 2 * f, "mlp.linear_fc2": f + h}  # fc1 holds gate and up
+    self_attention = {"linear_qkv": h + text.query_size + 2 * text.key_size, "linear_proj": text.query_size + h}
+    cross_attention = {
+        "linear_q": h + text.query_size,
+        "linear_kv": h + 2 * text.key_size,
+        "linear_proj": text.query_size + h,
     }
-    names = {target.rsplit(".", 1)[-1] for target in target_modules}
-    if unknown := sorted(names - set(widths)):
-        raise ValueError(f"LoRA target {unknown[0]!r}: the text decoder has {', '.join(widths)}")
-    return Count(dim * sum(widths[name] for name in names))
+    v, g = vision.hidden_size, vision.ffn_size
+    tower = "module.vision_model.vision_encoder"
+    tower_layer = {
+        "self_attention.linear_qkv": v + 3 * v,
+        "self_attention.linear_proj": v + v,
+        "mlp.linear_fc1": v + g,
+        "mlp.linear_fc2": g + v,
+    }
+    stacks = [
+        (f"{decoder}.layers", range(text.num_layers), {**_below("self_attention", self_attention), **mlp}),
+        (f"{decoder}.xattn_layers", _cross_layers(text), {**_below("cross_attention", cross_attention), **mlp}),
+        (f"{tower}.transformer.layers", range(vision.num_layers), tower_layer),
+        (f"{tower}.global_transformer.layers", range(vision.num_global_layers), tower_layer),
+    ]
+    matrices = {
+        "module.language_model.output_layer": h + text.vocab_size,
+        "module.vision_projection.encoder": vision.projector_input_size + vision.text_hidden_size,
+        f"{tower}.conv1._linear": 3 * vision.patch_size**2 + v,
+    }
+    for stack, indices, layer in stacks:
+        matrices |= {f"{stack}.{index}.{name}": width for index in indices for name, width in layer.items()}
+    return matrices
+
+
+def _below(parent: str, names: dict[str, int]) -> dict[str, int]:
+    return {f"{parent}.{name}": width for name, width in names.items()}
+
+
+def _cross_layers(text: TextShape) -> list[int]:
+    """Self-attention layers that a cross-attention layer stands before: NeMo's _init_fusion_schedule."""
+    number = text.num_cross_attention_layers
+    return list(range(text.num_layers))[::-1][:: -(-text.num_layers // number)][:number][::-1] if number else []
+
+
+def lora_hits(target: str, matrices: Iterable[str]) -> list[str]:
+    """The names that one of LoRA's target_modules takes: NeMo's ModuleMatcher and wildcard_match."""
+    pattern = re.compile("^" + target.replace("*", "(.*)") + "$")
+    return [name for name in matrices if name.rpartition(".")[2] == target or pattern.match(name)]
+
+
+def lora_count(text: TextShape, vision: VisionShape, dim: int, target_modules: Sequence[str]) -> Count:
+    """LoRA's factors: dim x (inputs + outputs) for each matrix that is hit; NeMo shards both of them.
+
+    Raises ValueError for a target that hits nothing: NeMo passes over it.
+    """
+    matrices = lora_matrices(text, vision)
+    hits = [lora_hits(target, matrices) for target in target_modules]
+    for target, names in zip(target_modules, hits, strict=True):
+        if not names:
+            raise ValueError(f"LoRA target {target!r} hits none of {', '.join(matrix_names(matrices))}")
+    return Count(dim * sum(matrices[name] for name in {name for names in hits for name in names}))
+
+
+def matrix_names(matrices: Iterable[str]) -> list[str]:
+    """The last parts of the names, each once: linear_qkv, linear_proj, ..."""
+    return list(dict.fromkeys(name.rpartition(".")[2] for name in matrices))
 
 
 # ----------------------------------------------------------------------------------------------------------- memory
@@ -231,9 +279,12 @@ def memory_estimate(
     """
     tp = tensor_model_parallel_size
     counts = parameter_counts(text, vision)
-    lora = lora_count(text, lora_dim, lora_target_modules) if lora_dim else Count(0)
+    lora = lora_count(text, vision, lora_dim, lora_target_modules) if lora_dim else Count(0)
     frozen = {"tower": freeze_vision_model, "projector": freeze_vision_projection, "text": freeze_language_model}
     trains = {part: not lora_dim and not frozen[part] for part in counts}
+    matrices = lora_matrices(text, vision) if lora_dim else {}
+    adapted = [name for target in lora_target_modules for name in lora_hits(target, matrices)]
+    gradient_in_tower = trains["tower"] or any(".vision_model." in name for name in adapted)
 
     held = sum(count.per_rank(tp) for count in counts.values()) + lora.per_rank(tp)
     trained = sum(count.per_rank(tp) for part, count in counts.items() if trains[part]) + lora.per_rank(tp)
@@ -256,7 +307,7 @@ def memory_estimate(
             element_bytes=element,
             text_weights_train=trains["text"],
             projector_trains=trains["projector"],
-            tower_trains=trains["tower"],
+            tower_trains=gradient_in_tower,
         ),
         build=(4 + (element if bf16 else 0)) * held if fp32_build else element * held,
     )

@@ -1,41 +1,324 @@
-"""Runs a recipe: in this process, or through NeMo-Run's executors in others."""
+"""Runs a recipe: in this process, in a child process, or through NeMo-Run's executors.
+
+A job is frozen when it is made: what travels to another process is the translated recipe, never the YAML.
+
+    python -m vlmsft.runtime.job RUN_FOLDER     what `start_child` runs
+
+Signals. Ctrl-C and SIGTERM end a training between two steps, so that no checkpoint is left half written; a second
+Ctrl-C ends it at once. Either way the exit code is 128 + signal, and the last line says how to go on.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import json
 import os
+import signal
+import subprocess
 import sys
-from collections.abc import Callable
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
 from typing import Any
 
+import fiddle as fdl
 import nemo_run as run
+import psutil
+from nemo_run.config import set_nemorun_home
+from nemo_run.core.serialization.zlib_json import ZlibJSONSerializer
+from torchx.specs.api import AppState, is_terminal
 
-from vlmsft.runtime.logging import console, quiet
+from vlmsft.cli import USER_ERROR_EXIT_CODE, format_problems
+from vlmsft.errors import Problem, UserError
+from vlmsft.runtime.logging import console, log_path, quiet, rank_from_environment
+
+FAILED_EXIT_CODE = 1
+RECIPE_FILE = "recipe.json"
+"""The frozen recipe in a run folder, as NeMo-Run's ZlibJSONSerializer writes it."""
+FAILURE_FILE = "failure.json"
+"""What the first worker that failed has to say, in the run folder."""
+STOP_SECONDS = 40.0
+"""Time for workers to end: torchrun itself waits 30 s for its own."""
+POLL_SECONDS = 1.0
+TASK = "train"
 
 
-def run_here(recipe: run.Partial, run_dir: str) -> None:
-    """Train in this process; NeMo's own output goes to the run folder."""
-    with quiet(run_dir):
-        run.run(recipe, direct=True)
+@dataclass(frozen=True)
+class Job:
+    """A recipe and where its run lives.
+
+    run_dir: runs/<name>/<id>, absolute
+    """
+
+    recipe: run.Partial
+    run_dir: str
+    name: str
+    id: str
+
+
+# --- in this process --------------------------------------------------------------------------------------------------
+
+
+def run_here(job: Job) -> None:
+    """Train in this process; NeMo's own output goes to the run folder. Ends the process when it was interrupted."""
+    with _end_on_signal(job.id), quiet(job.run_dir):
+        run.run(job.recipe, direct=True)
+
+
+@contextlib.contextmanager
+def _end_on_signal(run_id: str) -> Iterator[None]:
+    """Turns what Lightning makes of Ctrl-C and SIGTERM (exit code 1, exit code 0) into a message and 128 + signal."""
+    received: list[int] = []
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        between_steps = signal.getsignal(signal.SIGTERM)
+        trains = between_steps is not handle and callable(between_steps)  # Lightning's, which then calls this one too
+        if number == signal.SIGTERM and trains:
+            return
+        if number == signal.SIGINT and trains and received.count(signal.SIGINT) == 1:
+            _say("stopping after this step (Ctrl-C again: at once) ...")
+            between_steps(signal.SIGTERM, frame)
+            return
+        raise KeyboardInterrupt
+
+    with _handlers(handle, signal.SIGINT, signal.SIGTERM):
+        try:
+            yield
+        except BaseException:
+            if not received:
+                raise
+            _say(f"{_name(received[0])}: the training has stopped. To go on: the same command with id={run_id}")
+            sys.exit(128 + received[0])
+
+
+@contextlib.contextmanager
+def _handlers(handle: Callable[[int, FrameType | None], None], *signals: int) -> Iterator[None]:
+    before = {number: signal.signal(number, handle) for number in signals}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _name(number: int) -> str:
+    return "Interrupted" if number == signal.SIGINT else f"Ended by {signal.Signals(number).name}"
+
+
+def _say(text: str) -> None:
+    """On the user's console, once for all ranks."""
+    if rank_from_environment() == 0:
+        console().print(text, markup=False, highlight=False)
+
+
+# --- in a child process -----------------------------------------------------------------------------------------------
+
+
+def start_child(job: Job) -> int:
+    """Train in a process of its own, and give its exit code: jobs of a multirun don't share NeMo's global state."""
+    Path(job.run_dir, RECIPE_FILE).write_text(ZlibJSONSerializer().serialize(job.recipe), encoding="utf-8")
+    environment = {**os.environ, "PYTHONPATH": _python_path()}
+    child = subprocess.Popen([sys.executable, "-m", "vlmsft.runtime.job", job.run_dir], env=environment)
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if number != signal.SIGINT:  # a terminal sends Ctrl-C to the child as well
+            child.send_signal(number)
+
+    with _handlers(handle, signal.SIGINT, signal.SIGTERM):
+        code = child.wait()
+    return code if code >= 0 else 128 - code
+
+
+def read_job(run_dir: str | os.PathLike[str]) -> Job:
+    """The job that `start_child` froze in a run folder."""
+    folder = Path(run_dir)
+    recipe = ZlibJSONSerializer().deserialize((folder / RECIPE_FILE).read_text(encoding="utf-8"))
+    return Job(recipe, str(folder), folder.parent.name, folder.name)  # type: ignore[arg-type]
+
+
+# --- through NeMo-Run's executors -------------------------------------------------------------------------------------
 
 
 def work(finetune: Callable[[], Any], run_dir: str) -> None:
-    """What a worker started by an executor runs."""
-    with quiet(run_dir):
-        finetune()
+    """What a worker started by an executor runs. The first that fails leaves its reason in the run folder."""
+    try:
+        with quiet(run_dir):
+            finetune()
+    except Exception as error:
+        _keep_failure(run_dir, error)
+        raise
 
 
-def launch(recipe: run.Partial, run_dir: str, name: str, executor: run.Executor) -> None:
-    """Start the recipe through the executor, follow it, and exit with 1 unless it succeeds.
+def _keep_failure(run_dir: str, error: Exception) -> None:
+    if isinstance(error, UserError):
+        failure = {"exit_code": USER_ERROR_EXIT_CODE, "message": format_problems(error)}
+    else:
+        failure = {"exit_code": FAILED_EXIT_CODE, "message": "".join(traceback.format_exception(error))}
+    with contextlib.suppress(FileExistsError), open(Path(run_dir, FAILURE_FILE), "x", encoding="utf-8") as file:
+        json.dump({"rank": rank_from_environment(), **failure}, file, ensure_ascii=False)
 
-    NeMo-Run reports a failed job as if all were well (its issue 289): the state is asked for here.
+
+def torchrun_executor(num_processes: int) -> run.Config:
+    """launch=torchrun's executor, for launch=local with several devices."""
+    return run.Config(run.LocalExecutor, launcher="torchrun", ntasks_per_node=num_processes)
+
+
+def launch(job: Job, config: run.Config, *, dry_run: bool = False) -> int:
+    """Start the job through an executor; gives the exit code.
+
+    On this machine the job is followed to its end; elsewhere it is submitted. NeMo-Run reports a failed job as if all
+    were well (its issue 289) and leaves local workers running when it is interrupted itself: both are done here.
+
+    config: of the executor
+    dry_run: write what would be submitted, and submit nothing
     """
-    # torchx starts plain `python` and `torchrun`: those of this environment, wherever it is
-    executor.env_vars = {"PATH": f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}", **executor.env_vars}
-    with run.Experiment(name) as experiment:
-        experiment.add(run.Partial(work, finetune=recipe, run_dir=run_dir), executor=executor, name="train")
-        experiment.run(tail_logs=True)
-        states = {task: status["status"] for task, status in experiment.status(return_dict=True).items()}
-    failed = {task: state for task, state in states.items() if str(state) != "SUCCEEDED"}
-    if failed:
-        console().print(f"{failed} in {run_dir}; the experiment's own logs: {experiment._exp_dir}", highlight=False)
-        sys.exit(1)
+    home = Path(job.run_dir, "nemo_run")
+    set_nemorun_home(str(home))
+    executor: Any = fdl.build(config)
+    is_local = isinstance(executor, run.LocalExecutor)
+    executor.env_vars = {**(_local_environment() if is_local else {}), **executor.env_vars}
+    Path(job.run_dir, FAILURE_FILE).unlink(missing_ok=True)
+    _append_to_stdout()
+    with quiet(job.run_dir):  # workers on this machine find the user's console through it
+        experiment = run.Experiment(
+            job.name, base_dir=str(home), clean_mode=True, enable_goodbye_message=False, skip_status_at_exit=True
+        )
+        with experiment:
+            experiment.add(run.Partial(work, finetune=job.recipe, run_dir=job.run_dir), executor=executor, name=TASK)
+            if dry_run:
+                return _dry_run(experiment)
+            return _follow(job, experiment) if is_local else _submit(job, experiment)
+
+
+@contextlib.contextmanager
+def _as_user_errors() -> Iterator[None]:
+    """What executors and packagers say of a repository that isn't there or isn't committed."""
+    try:
+        yield
+    except (AssertionError, RuntimeError, ValueError, subprocess.CalledProcessError) as error:
+        raise UserError(
+            Problem("launch.executor", str(error) or repr(error), "a job that NeMo-Run can prepare")
+        ) from error
+
+
+def _dry_run(experiment: run.Experiment) -> int:
+    with _as_user_errors():
+        experiment.dryrun(log=False, delete_exp_dir=False)
+    scripts = sorted(str(path) for path in Path(experiment._exp_dir).glob("*_sbatch.sh"))
+    _say(f"dry run, nothing was started: {', '.join(scripts) or experiment._exp_dir}")
+    return 0
+
+
+def _submit(job: Job, experiment: run.Experiment) -> int:
+    with _as_user_errors():
+        experiment.run(detach=True)
+    status = experiment.status(return_dict=True) or {}
+    submitted = ", ".join(str(task["job_id"]) for task in status.values())
+    _say(f"submitted {submitted}; run folder {job.run_dir}, output below {experiment._exp_dir}")
+    return 0
+
+
+def _follow(job: Job, experiment: run.Experiment) -> int:
+    with _interrupts() as received:
+        try:
+            experiment.run()
+            while not is_terminal(state := _state(experiment)):
+                time.sleep(POLL_SECONDS)
+        except KeyboardInterrupt:
+            _say("stopping ...")
+            with contextlib.suppress(KeyboardInterrupt):  # a second one: at once
+                _terminate(psutil.Process().children(), STOP_SECONDS)
+            _kill_children()
+            _say(f"{_name(received[0])}: the training has stopped. To go on: the same command with id={job.id}")
+            return 128 + received[0]
+    if state == AppState.SUCCEEDED:
+        return 0
+    return _explain_failure(job, experiment._exp_dir)
+
+
+@contextlib.contextmanager
+def _interrupts() -> Iterator[list[int]]:
+    """Ctrl-C, SIGTERM and a closed terminal raise KeyboardInterrupt; which it was stands in the list."""
+    received: list[int] = []
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        raise KeyboardInterrupt
+
+    with _handlers(handle, signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        yield received
+
+
+def _state(experiment: run.Experiment) -> AppState:
+    status = experiment.status(return_dict=True) or {}
+    return status[TASK]["status"]  # type: ignore[return-value]
+
+
+def _terminate(processes: Sequence[psutil.Process], seconds: float) -> None:
+    """SIGTERM to torchrun, which hands it on; then wait for all that it started."""
+    family = [child for process in processes for child in (process, *process.children(recursive=True))]
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.terminate()
+    _, alive = psutil.wait_procs(family, timeout=seconds)
+    _kill(alive)
+
+
+def _kill_children() -> None:
+    _kill(psutil.Process().children(recursive=True))
+
+
+def _kill(processes: Sequence[psutil.Process]) -> None:
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(processes, timeout=10)
+
+
+def _explain_failure(job: Job, experiment_dir: str) -> int:
+    logs = f"Logs: {log_path(job.run_dir, 0)} (nemo-rank1.log, ... of other ranks); "
+    logs += f"what came before them: below {experiment_dir}"
+    try:
+        failure = json.loads(Path(job.run_dir, FAILURE_FILE).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        _say(f"a worker has died without a word (out of memory, or killed). {logs}")
+        return FAILED_EXIT_CODE
+    if failure["exit_code"] == USER_ERROR_EXIT_CODE:
+        _say(failure["message"])
+    else:
+        _say(f"{failure['message']}rank {failure['rank']} failed. {logs}")
+    return failure["exit_code"]
+
+
+def _local_environment() -> dict[str, str]:
+    """torchx starts plain `python` and `torchrun`: those of this environment, wherever it is; and they find vlmsft."""
+    return {"PATH": f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}", "PYTHONPATH": _python_path()}
+
+
+def _python_path() -> str:
+    """PYTHONPATH with the folder that vlmsft was imported from in front."""
+    here = str(Path(__file__).resolve().parents[2])
+    return os.pathsep.join([here, *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
+def _append_to_stdout() -> None:
+    """Workers open the console a second time: where it is a file, each writer must write at its end."""
+    flags = fcntl.fcntl(1, fcntl.F_GETFL)
+    fcntl.fcntl(1, fcntl.F_SETFL, flags | os.O_APPEND)
+
+
+def main(run_dir: str) -> None:
+    try:
+        run_here(read_job(run_dir))
+    except UserError as error:
+        print(format_problems(error), file=sys.stderr)
+        sys.exit(USER_ERROR_EXIT_CODE)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

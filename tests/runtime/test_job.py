@@ -1,0 +1,253 @@
+"""Jobs in this process, in a child and through NeMo-Run: exit codes, messages, interrupts, and nothing left behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from vlmsft.config_files import root
+
+TOYS = Path(__file__).with_name("job_toys.py")
+
+
+class Started:
+    """A process that runs a toy job, with a bare PATH and a HOME of its own."""
+
+    def __init__(self, function: str, folder: Path, how: str):
+        self.run_dir = folder / "runs" / "toys" / "one"
+        self.run_dir.mkdir(parents=True)
+        self.home = folder / "home"
+        self.home.mkdir()
+        environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "LOCAL_RANK")}
+        environment |= {
+            "PATH": "/usr/bin:/bin",
+            "PYTHONPATH": os.pathsep.join([str(root()), str(TOYS.parent)]),
+            "HOME": str(self.home),
+        }
+        self.process = subprocess.Popen(
+            [sys.executable, str(TOYS), function, str(self.run_dir), how],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=environment,
+            cwd=folder,
+            start_new_session=True,
+        )
+
+    def end(self) -> tuple[int, str]:
+        output, _ = self.process.communicate(timeout=120)
+        return self.process.returncode, output
+
+    def workers(self, number: int) -> list[int]:
+        """Ids of the working processes, once there are so many."""
+        deadline = time.monotonic() + 100
+        while len(found := [int(path.stem) for path in self.run_dir.glob("*.pid")]) < number:
+            assert time.monotonic() < deadline and self.process.poll() is None, "they did not start"
+            time.sleep(0.1)
+        return found
+
+
+slow = pytest.mark.nemo  # no NeMo, but torch and nemo_run in up to four processes: too slow for the default tests
+
+
+@pytest.fixture
+def started(tmp_path):
+    all_started = []
+
+    def start(function: str, how: str) -> Started:
+        all_started.append(Started(function, tmp_path, how))
+        return all_started[-1]
+
+    yield start
+    for one in all_started:
+        if one.process.poll() is None:
+            one.process.kill()
+
+
+@slow
+def test_torchrun(started):
+    """The environment's own python and torchrun, though PATH doesn't know them; all files below the run folder."""
+    one = started("write_rank", "torchrun")
+    code, output = one.end()
+    assert code == 0 and output.endswith("\nprogress of rank 0\n"), output
+    for rank in (0, 1):
+        assert (one.run_dir / f"rank{rank}").read_text() == sys.executable
+    assert (one.run_dir / "nemo.log").exists() and (one.run_dir / "nemo-rank1.log").exists()
+    assert (one.run_dir / "nemo_run" / "experiments").is_dir()
+    assert list(one.home.iterdir()) == [], "nothing in ~/.nemo_run"
+
+
+@slow
+def test_torchrun_failure(started):
+    one = started("fail", "torchrun")
+    code, output = one.end()
+    assert code == 1
+    assert "ValueError: a bug in rank 1" in output and "rank 1 failed" in output
+    assert str(one.run_dir / "nemo.log") in output and str(one.run_dir / "nemo_run") in output
+
+
+@slow
+def test_torchrun_user_error(started):
+    code, output = started("refuse", "torchrun").end()
+    assert code == 2 and "Traceback" not in output
+    assert output.count("train.jsonl:3: found an unreadable image") == 1 and "the run stopped" in output
+
+
+@slow
+def test_torchrun_worker_killed(started):
+    code, output = started("die", "torchrun").end()
+    assert code == 1 and "died without a word" in output and "nemo.log" in output
+
+
+@slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_interrupted_torchrun_leaves_no_process(started, number, code):
+    one = started("sleep", "torchrun")
+    workers = one.workers(2)
+    family = psutil.Process(one.process.pid).children(recursive=True)
+    assert {process.pid for process in family} > set(workers)
+    one.process.send_signal(number)
+    assert one.process.wait(timeout=60) == code
+    output = one.process.stdout.read()
+    assert "To go on: the same command with id=one" in output and "Traceback" not in output
+    assert [process for process in family if process.is_running() and process.status() != "zombie"] == []
+
+
+@slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_interrupted_training_ends_between_two_steps(started, number, code):
+    one = started("train_slowly", "here")
+    one.workers(1)
+    time.sleep(0.5)
+    one.process.send_signal(number)
+    found, output = one.end()
+    assert found == code
+    assert "To go on: the same command with id=one" in output and "Traceback" not in output
+    assert (one.run_dir / "started").read_text() == (one.run_dir / "ended").read_text()
+
+
+@slow
+def test_interrupted_before_the_training(started):
+    one = started("sleep", "here")
+    one.workers(1)
+    one.process.send_signal(signal.SIGINT)
+    code, output = one.end()
+    assert code == 130 and "Interrupted" in output and "Traceback" not in output
+
+
+@slow
+def test_second_interrupt_ends_at_once(started):
+    one = started("train_slowly", "here")
+    one.workers(1)
+    for _ in range(2):
+        one.process.send_signal(signal.SIGINT)
+        time.sleep(0.02)
+    code, output = one.end()
+    assert code == 130 and "Traceback" not in output
+
+
+@slow
+@pytest.mark.parametrize(("function", "code"), [("write_rank", 0), ("fail", 1), ("refuse", 2), ("die", 137)])
+def test_child(started, function, code):
+    one = started(function, "child")
+    found, output = one.end()
+    assert found == code
+    if function == "fail":
+        assert "ValueError: a bug in rank 1" in output
+    if function == "refuse":
+        assert "Traceback" not in output and "train.jsonl:3: found an unreadable image" in output
+
+
+@slow
+def test_terminated_child(started):
+    one = started("sleep", "child")
+    (worker,) = one.workers(1)
+    one.process.send_signal(signal.SIGTERM)
+    code, output = one.end()
+    assert code == 143 and "To go on: the same command with id=one" in output
+    assert not psutil.pid_exists(worker)
+
+
+def test_child_gets_the_frozen_recipe(tmp_path):
+    import job_toys
+    import nemo_run as run
+
+    from vlmsft.runtime import job
+
+    recipe = run.Partial(job_toys.write_rank, folder=str(tmp_path))
+    (tmp_path / job.RECIPE_FILE).write_text(job.ZlibJSONSerializer().serialize(recipe))
+    read = job.read_job(tmp_path)
+    assert read.recipe == recipe and read.run_dir == str(tmp_path) and read.id == tmp_path.name
+
+
+# --- Slurm ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def repository(tmp_path, monkeypatch):
+    """A repository with one commit, as working directory."""
+    folder = tmp_path / "repository"
+    folder.mkdir()
+    (folder / "code.py").write_text("x = 1\n")
+    git = ["git", "-c", "user.name=t", "-c", "user.email=t@example.org"]
+    for arguments in (["init", "--quiet"], ["add", "."], ["commit", "--quiet", "-m", "code"]):
+        subprocess.run([*git, *arguments], cwd=folder, check=True)
+    monkeypatch.chdir(folder)
+    with open(os.devnull) as nothing:
+        monkeypatch.setattr(sys, "stdin", nothing)  # NeMo-Run's packager reads it, pytest's refuses
+        yield folder
+
+
+def slurm_job(tmp_path, *overrides):
+    import hydra
+    import job_toys
+    import nemo_run as run
+
+    from vlmsft.recipe import translate
+    from vlmsft.runtime import job
+
+    run_dir = tmp_path / "runs" / "toys" / "one"
+    run_dir.mkdir(parents=True)
+    account = ["launch.executor.account=me", "launch.executor.partition=gpu", "launch.executor.container_image=null"]
+    with hydra.initialize_config_dir(str(root() / "conf"), version_base="1.3"):
+        cfg = hydra.compose("train", ["launch=slurm", f"run_dir={run_dir}", *account, *overrides])
+    made = job.Job(run.Partial(job_toys.write_rank, folder=str(run_dir)), str(run_dir), "toys", "one")
+    return made, translate(cfg.launch)["executor"]
+
+
+def test_slurm_dry_run(tmp_path, repository):
+    from vlmsft.runtime import job
+
+    made, executor = slurm_job(tmp_path, "trainer.num_nodes=2", "trainer.devices=4")
+    assert job.launch(made, executor, dry_run=True) == 0
+    (script,) = Path(made.run_dir, "nemo_run").rglob("train_sbatch.sh")
+    text = script.read_text()
+    for line in (
+        "#SBATCH --account=me",
+        "#SBATCH --partition=gpu",
+        "#SBATCH --nodes=2",
+        "#SBATCH --ntasks-per-node=4",
+        "#SBATCH --gpus-per-node=4",
+        "#SBATCH --time=04:00:00",
+    ):
+        assert line in text.splitlines()
+    assert "python -m nemo_run.core.runners.fdl_runner -n train" in text
+    assert f"{made.run_dir}/nemo_run/experiments" in text, "NeMo-Run's files lie where the nodes see them"
+    assert (script.parent / "train" / "code" / "code.py").read_text() == "x = 1\n", "the committed code travels along"
+
+
+def test_uncommitted_code_is_refused(tmp_path, repository):
+    from vlmsft.errors import UserError
+    from vlmsft.runtime import job
+
+    (repository / "code.py").write_text("x = 2\n")
+    made, executor = slurm_job(tmp_path)
+    with pytest.raises(UserError, match=r"launch\.executor: found .*uncommitted"):
+        job.launch(made, executor, dry_run=True)

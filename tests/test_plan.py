@@ -1,0 +1,105 @@
+"""What a plan says: the recipe's values, the summary's numbers where they can be known, and no run folder."""
+
+import logging
+import sys
+
+import nemo_run as run
+import pytest
+from config_cases import DATA, compose
+
+from vlmsft.plan import can_be_counted, facts, num_records, written_out
+
+
+class Part:
+    def __init__(self, x: int = 0, y: list | None = None, deep: object = None):
+        pass
+
+
+def test_recipe_is_written_out_with_classes_and_without_defaults():
+    inner = run.Config(Part, x=1)
+    text = written_out(run.Partial(Part, y=[1, 2], deep=[inner, run.Config(Part)]))
+    name = f"{Part.__module__}.Part"
+    assert text.splitlines() == [f"run: {name}", "y = [1, 2]", f"deep[0]: {name}", "deep[0].x = 1", f"deep[1]: {name}"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "countable"),
+    [
+        (["experiment=demo"], True),
+        (["experiment=llava_instruct_ja"], True),
+        (["experiment=llava_instruct_ja", *DATA], True),
+        (["experiment=lora", "peft=lora_tower"], True),
+        (["experiment=demo", "optim.min_lr=9"], True),
+        (["experiment=demo", "data.train_path=/nowhere"], True),
+        (["experiment=demo", "+model.config.num_layerz=1"], True),
+        (["experiment=demo", "trainer.devices=auto"], False),
+        (["experiment=demo", "strategy.tensor_model_parallel_size=3", "trainer.devices=3"], False),
+        (["experiment=demo", "data.global_batch_size=7", "data.micro_batch_size=2"], False),
+        (["experiment=demo", "data.decoder_seq_length=long"], False),
+        (["experiment=demo", "model.config.language_model_config.num_layers=many"], False),
+        (["experiment=demo", "model.config.language_model_config.num_query_groups=3"], False),
+        (["experiment=demo", "model=null"], False),
+        (["experiment=lora", "peft.target_modules=[nothing]"], False),
+        (["experiment=lora", "peft.dim=small"], False),
+    ],
+    ids=str,
+)
+def test_numbers_are_given_when_they_can_be_computed(overrides, countable):
+    cfg = compose(*overrides) if "model=null" not in overrides else compose(overrides[0]).copy()
+    if "model=null" in overrides:
+        cfg.model = None
+    assert can_be_counted(cfg) is countable
+    if countable:
+        assert facts(cfg).parameters
+
+
+def test_full_finetuning():
+    plan = facts(compose("experiment=llava_instruct_ja", *DATA))
+    assert sum(total for total, _ in plan.parameters.values()) == 10_670_220_835
+    assert all(trains == total for total, trains in plan.parameters.values())
+    assert (plan.tensor_model_parallel_size, plan.data_parallel_size, plan.max_steps) == (2, 4, 1160)
+    assert 45 < plan.memory_gib_per_gpu < 78
+
+
+def test_lora_and_frozen_parts():
+    text_only = facts(compose("experiment=lora", *DATA)).parameters
+    with_tower = facts(compose("experiment=lora", "peft=lora_tower", *DATA)).parameters
+    assert text_only["LoRA"] == (8 * (32 * 10240 + 8 * (8192 + 6144)),) * 2 and text_only["text"][1] == 0
+    assert with_tower["LoRA"][0] == text_only["LoRA"][0] + 8 * 40 * 5120
+    frozen = facts(compose("experiment=demo", "model.config.freeze_vision_model=true")).parameters
+    assert frozen["tower"][1] == 0 < frozen["tower"][0] and frozen["projector"][1] > 0
+
+
+def test_demo():
+    plan = facts(compose("experiment=demo"))
+    assert plan.memory_gib_per_gpu is None and plan.device == "the CPU", "an estimate for GPUs says nothing here"
+    assert plan.num_train_samples == num_records(compose("experiment=demo").data.train_path) > 24
+    assert num_records("/nowhere") is None and num_records(None) is None
+
+
+@pytest.mark.nemo
+def test_command(monkeypatch, capfd, tmp_path):
+    """Recipe, summary and problems, exit code 2 if there are any; never a run folder."""
+    from vlmsft.plan import main
+
+    monkeypatch.setattr(logging, "_handlerList", [])  # Hydra closes all handlers, pytest's too
+    monkeypatch.chdir(tmp_path)
+
+    def plan(*overrides):
+        monkeypatch.setattr(sys, "argv", ["plan", *overrides])
+        code = 0
+        try:
+            main()
+        except SystemExit as end:
+            code = end.code
+        return code, *capfd.readouterr()
+
+    code, out, _ = plan("experiment=demo")
+    assert code == 0 and "optim.config.lr = 0.004" in out and "parameters: 9" in out
+    code, out, message = plan("experiment=lora", "peft=lora_tower", *DATA)
+    assert code == 2 and "LoRA: 5.177 M, trains" in out and "GiB per GPU" in out
+    for key in ("data.train_path", "data.validation_path", "restore_from"):
+        assert f"{key}: found" in message
+    code, out, message = plan("experiment=demo", "optim.min_lr=9", "data.global_batch_size=7")
+    assert code == 2 and "optim.min_lr" in message and "data.global_batch_size" in message
+    assert list(tmp_path.iterdir()) == []
