@@ -1,0 +1,71 @@
+"""The CPU runtime: only who asks for it gets it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from vlmsft.config_files import root
+
+pytestmark = pytest.mark.nemo
+
+SCRIPT = """
+import json, sys
+from config_cases import DATA, compose
+from vlmsft.recipe import finetune_recipe
+
+found = {}
+finetune_recipe(compose("experiment=lora", *DATA))
+found["imported by a GPU recipe"] = "vlmsft.runtime.cpu" in sys.modules
+
+import torch
+
+from vlmsft.runtime import cpu
+
+found["active by import"] = torch.cuda.current_device is not cpu.CPU and "lambda" in repr(torch.cuda.current_device)
+cpu.activate()
+cpu.activate()
+ones = torch.ones(2, device="cuda", pin_memory=True)
+moved = [ones.cuda(), ones.to("cuda", non_blocking=True), ones.to(device="cuda:1"), torch.zeros_like(ones, device="cuda")]
+found["devices"] = sorted({str(tensor.device) for tensor in [ones, *moved]})
+found["type"] = ones.type()
+torch.cuda.manual_seed(7)
+state = torch.cuda.get_rng_state()
+first = torch.rand(3)
+torch.cuda.set_rng_state(state)
+found["generator restored"] = torch.equal(first, torch.rand(3))
+print("RESULT", json.dumps(found))
+"""
+
+
+@pytest.fixture(scope="module")
+def found() -> dict:
+    """Of a process that no other test has touched."""
+    environment = {**os.environ, "PYTHONPATH": f"{root()}{os.pathsep}{root() / 'tests'}"}
+    run = subprocess.run([sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    return json.loads(next(line for line in run.stdout.splitlines() if line.startswith("RESULT")).split(" ", 1)[1])
+
+
+def test_a_gpu_recipe_does_not_import_it(found):
+    assert not found["imported by a GPU recipe"]
+
+
+def test_importing_it_changes_nothing(found):
+    assert not found["active by import"]
+
+
+def test_cuda_means_cpu_once_active(found):
+    assert found["devices"] == ["cpu"]
+
+
+def test_megatron_sees_the_type_it_asks_for(found):
+    assert found["type"] == "torch.cuda.FloatTensor"
+
+
+def test_one_generator_serves_both(found):
+    assert found["generator restored"]
