@@ -6,7 +6,7 @@ import lightning.pytorch as pl
 
 
 class KeepRunFiles(pl.Callback):
-    """Stops NeMo's ModelCheckpoint from moving every file of the run folder into run_0, run_1, ... when training starts.
+    """Stops NeMo's ModelCheckpoint from moving every file of the run folder into run_0, run_1, ... at the start.
 
     That would take config.yaml and metrics.csv away from each resumed run; they are made to be continued.
     """
