@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -141,6 +141,13 @@ def attend(
     return out.permute(2, 0, 1, 3).reshape(num_rows, batch, num_heads * head_dim)
 
 
+def _dropout_per_rank() -> AbstractContextManager:
+    """Dropout that differs between tensor-parallel ranks, as their heads do."""
+    tracker = get_cuda_rng_tracker()
+    assert tracker is not None  # it is made by the call that returns it
+    return tracker.fork()
+
+
 class _CoreAttention(nn.Module):
     """What Megatron's Attention builds as `core_attention`: no parameters, hence no checkpoint keys, as TE's."""
 
@@ -161,8 +168,7 @@ class _CoreAttention(nn.Module):
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, causal: bool = False) -> Tensor:
         dropout = self.dropout if self.training else 0.0
-        # heads differ between tensor-parallel ranks, so their dropout must too
-        with get_cuda_rng_tracker().fork() if dropout else nullcontext():
+        with _dropout_per_rank() if dropout else nullcontext():
             return attend(query, key, value, causal=causal, scale=self.scale, dropout=dropout)
 
 

@@ -124,6 +124,8 @@ class MLlamaConfig(MLlamaModelConfig):
         model that is trained from nothing learns to look sooner with open gates.
     """
 
+    language_model_config: TextConfig | None = None
+    vision_model_config: VisionConfig | None = None
     layers: str = "auto"
     gate_init: float = 0.0
     freeze_language_model: bool = False
@@ -150,10 +152,12 @@ class MLlamaConfig(MLlamaModelConfig):
         """
         from vlmsft.mllama.model import MLlamaBase
 
-        problems = self._unsupported() + self.vision_model_config.problems()
+        text, vision = self.language_model_config, self.vision_model_config
+        assert text is not None and vision is not None  # NeMo's defaults, which no model can be built from
+        problems = self._unsupported() + vision.problems()
         if problems:
             raise UserError(problems)
-        for part in (self.language_model_config, self.vision_model_config):
+        for part in (text, vision):
             part.layers = self.layers
             for name in _FOLLOW_TOP:
                 setattr(part, name, getattr(self, name))

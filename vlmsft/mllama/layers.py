@@ -253,7 +253,7 @@ def _transformer_engine_kit() -> LayerKit:
     )
 
     def mlp(linear_fc1):
-        return ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=linear_fc1, linear_fc2=TERowParallelLinear))
+        return _spec(MLP, MLPSubmodules(linear_fc1=linear_fc1, linear_fc2=TERowParallelLinear))
 
     return LayerKit(
         norm=TENorm,
@@ -267,21 +267,26 @@ def _transformer_engine_kit() -> LayerKit:
     )
 
 
+def _spec(module: type, submodules: Any, **params: Any) -> ModuleSpec:
+    """A ModuleSpec; Megatron annotates its `submodules` as a class and takes an instance."""
+    return ModuleSpec(module=module, params=params, submodules=submodules)
+
+
 def text_layer_spec(kit: LayerKit) -> ModuleSpec:
     """A self-attention layer of the text decoder."""
-    return ModuleSpec(
-        module=TransformerLayer,
-        submodules=TransformerLayerSubmodules(
-            self_attention=ModuleSpec(
-                module=SelfAttention,
-                params={"attn_mask_type": AttnMaskType.causal},
-                submodules=SelfAttentionSubmodules(
+    return _spec(
+        TransformerLayer,
+        TransformerLayerSubmodules(
+            self_attention=_spec(
+                SelfAttention,
+                SelfAttentionSubmodules(
                     linear_qkv=kit.norm_column_linear,
                     core_attention=CausalAttention,
                     linear_proj=kit.row_linear,
                     q_layernorm=IdentityOp,
                     k_layernorm=IdentityOp,
                 ),
+                attn_mask_type=AttnMaskType.causal,
             ),
             self_attn_bda=kit.bias_dropout_add,
             mlp=kit.norm_mlp,
@@ -292,13 +297,12 @@ def text_layer_spec(kit: LayerKit) -> ModuleSpec:
 
 def cross_layer_spec(kit: LayerKit) -> ModuleSpec:
     """A gated cross-attention layer of the text decoder."""
-    return ModuleSpec(
-        module=CrossAttentionTransformerLayer,
-        submodules=TransformerLayerSubmodules(
-            cross_attention=ModuleSpec(
-                module=MLlamaCrossAttention,
-                params={"attn_mask_type": AttnMaskType.no_mask},
-                submodules=MLlamaCrossAttentionSubmodules(
+    return _spec(
+        CrossAttentionTransformerLayer,
+        TransformerLayerSubmodules(
+            cross_attention=_spec(
+                MLlamaCrossAttention,
+                MLlamaCrossAttentionSubmodules(
                     linear_q=kit.norm_column_linear,
                     linear_kv=kit.column_linear,
                     core_attention=CrossAttention,
@@ -306,6 +310,7 @@ def cross_layer_spec(kit: LayerKit) -> ModuleSpec:
                     q_layernorm=kit.norm,
                     k_layernorm=kit.norm,
                 ),
+                attn_mask_type=AttnMaskType.no_mask,
             ),
             cross_attn_bda=kit.bias_dropout_add,
             mlp=kit.norm_mlp,
@@ -316,20 +321,20 @@ def cross_layer_spec(kit: LayerKit) -> ModuleSpec:
 
 def vision_layer_spec(kit: LayerKit) -> ModuleSpec:
     """A layer of the vision tower; gated where its config says so."""
-    return ModuleSpec(
-        module=ImageTransformerLayer,
-        submodules=TransformerLayerSubmodules(
+    return _spec(
+        ImageTransformerLayer,
+        TransformerLayerSubmodules(
             input_layernorm=kit.norm,
-            self_attention=ModuleSpec(
-                module=SelfAttentionNoBias,
-                params={"attn_mask_type": AttnMaskType.no_mask},
-                submodules=SelfAttentionSubmodules(
+            self_attention=_spec(
+                SelfAttentionNoBias,
+                SelfAttentionSubmodules(
                     linear_qkv=kit.column_linear,
                     core_attention=TowerAttention,
                     linear_proj=kit.row_linear,
                     q_layernorm=IdentityOp,
                     k_layernorm=IdentityOp,
                 ),
+                attn_mask_type=AttnMaskType.no_mask,
             ),
             self_attn_bda=kit.bias_dropout_add,
             pre_mlp_layernorm=kit.norm,

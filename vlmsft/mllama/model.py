@@ -126,7 +126,9 @@ class ValidationLoss(MaskedTokenLossReduction):
 
         pairs = torch.stack([micro_batch["loss_sum_and_ub_size"] for micro_batch in losses_reduced_per_micro_batch])
         total = pairs.sum(dim=0)
-        torch.distributed.all_reduce(total, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
+        group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+        assert isinstance(group, torch.distributed.ProcessGroup)  # every rank is in a data-parallel group
+        torch.distributed.all_reduce(total, group=group)
         loss_sum, self.num_tokens = total.unbind()
         return loss_sum / self.num_tokens.clamp(min=1)
 

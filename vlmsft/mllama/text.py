@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from megatron.core import tensor_parallel
 from megatron.core.models.gpt.gpt_model import GPTModel
-from megatron.core.transformer.spec_utils import build_module
+from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_block import TransformerBlock, TransformerBlockSubmodules
 from nemo.collections.vlm.mllama.model.language import (
     CrossAttentionTransformerBlock,
+    CrossAttentionTransformerLayer,
     DummyCrossAttentionTransformerLayer,
 )
 from torch import Tensor, nn
@@ -23,9 +26,13 @@ NUM_LEARNABLE_EMBEDDINGS = 8
 class TextBlock(CrossAttentionTransformerBlock):
     """NeMo's CrossAttentionTransformerBlock (its names, its checkpoint layout) over the layers of a LayerKit."""
 
+    layers: nn.ModuleList
+    xattn_layers: nn.ModuleList
+    final_layernorm: nn.Module
+
     def __init__(self, config, kit: LayerKit, pre_process: bool, post_process: bool):
         submodules = TransformerBlockSubmodules(
-            layer_specs=[text_layer_spec(kit)] * config.num_layers, layer_norm=kit.norm
+            layer_specs=[text_layer_spec(kit)] * config.num_layers, layer_norm=ModuleSpec(module=kit.norm)
         )
         # past NeMo's own constructor, which names TransformerEngine's classes
         TransformerBlock.__init__(
@@ -33,7 +40,7 @@ class TextBlock(CrossAttentionTransformerBlock):
         )
         self.fusion_schedule = list(config.fusion_schedule)
         self.xattn_layers = nn.ModuleList(
-            build_module(cross_layer_spec(kit), config=config, layer_number=i + 1)
+            cast(nn.Module, build_module(cross_layer_spec(kit), config=config, layer_number=i + 1))
             if i in self.fusion_schedule
             else DummyCrossAttentionTransformerLayer(config=config)
             for i in range(config.num_layers)
@@ -53,7 +60,7 @@ class TextBlock(CrossAttentionTransformerBlock):
         row_mask = plan.row_mask(hidden_states) if plan is not None and image_tokens is not None else None
         for i, layer in enumerate(self.layers):
             if image_tokens is not None and i in self.fusion_schedule:
-                cross_layer = self.xattn_layers[i]
+                cross_layer = cast(CrossAttentionTransformerLayer, self.xattn_layers[i])
                 hidden_states, _ = cross_layer(
                     hidden_states=hidden_states,
                     cross_attention_masks=None,
@@ -68,11 +75,14 @@ class TextBlock(CrossAttentionTransformerBlock):
 class TextModel(GPTModel):
     """Embeddings, TextBlock and output layer, named as NeMo's CrossAttentionTextModel."""
 
+    decoder: TextBlock
+
     def __init__(self, config, kit: LayerKit, vocab_size: int, pre_process: bool = True, post_process: bool = True):
         super().__init__(
             config,
-            # no layers here: the block is replaced below, and building it twice takes twice the memory
-            transformer_layer_spec=TransformerBlockSubmodules(layer_specs=[]),
+            # no layers here: the block is replaced below, and building it twice takes twice the memory.
+            # GPTModel hands this on to TransformerBlock, which takes both kinds of specs
+            transformer_layer_spec=cast(ModuleSpec, TransformerBlockSubmodules(layer_specs=[])),
             vocab_size=vocab_size,
             max_sequence_length=config.seq_length,
             pre_process=pre_process,

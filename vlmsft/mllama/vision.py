@@ -9,6 +9,7 @@ pixels after normalisation: real tokens attend to them, and the weights were tra
 from __future__ import annotations
 
 import copy
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +23,9 @@ from torch import Tensor, nn
 
 from vlmsft.mllama.attention import TowerGroup, TowerPlan
 from vlmsft.mllama.layers import LayerKit, vision_layer_spec
+
+if TYPE_CHECKING:
+    from vlmsft.mllama.config import VisionConfig
 
 CHANNELS = 3
 # HF pads each tile's tokens to a multiple of 8, NeMo follows
@@ -94,6 +98,8 @@ class TokenOrder:
 
 class VisionEncoder(MegatronModule):
     """The tower, named as NeMo's VisionEncoder; width, depth, patch size and intermediate layers from the config."""
+
+    config: VisionConfig
 
     def __init__(self, config, kit: LayerKit):
         super().__init__(config=config)
@@ -177,6 +183,8 @@ def _block(config, kit: LayerKit) -> TransformerBlock:
 class VisionModel(MegatronModule):
     """Normalisation, tower and projector, named as NeMo's CrossAttentionVisionModel."""
 
+    config: VisionConfig
+
     def __init__(self, config, kit: LayerKit):
         super().__init__(config=config)
         self.vision_encoder = VisionEncoder(config, kit).to(config.params_dtype)
@@ -184,12 +192,14 @@ class VisionModel(MegatronModule):
         projection_config.hidden_size = config.text_hidden_size
         self.vision_projection = MultimodalProjector(
             config=projection_config,
-            submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=None),
+            submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear),
             projector_type="affine",
             input_size=config.hidden_size * (1 + len(config.intermediate_layers_indices)),
         )
         # as NeMo does: Megatron's projector drops the bias of a linear that returns it
-        self.vision_projection.encoder.skip_bias_add = False
+        linear = self.vision_projection.encoder
+        assert isinstance(linear, ColumnParallelLinear)
+        linear.skip_bias_add = False
         self._statistics: tuple[Tensor, Tensor] | None = None
 
     def forward(self, tiles: Tensor, num_tiles: list[int], aspect_ratio_ids: Tensor) -> Tensor:
