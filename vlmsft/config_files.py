@@ -99,7 +99,7 @@ def _agree_through_torchrun(proposal: str, job: str) -> str:
     """Rank 0's first proposal, kept in the store of torchrun's agent, which outlives restarts of the workers."""
     from datetime import timedelta
 
-    from torch.distributed import TCPStore
+    from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage] # documented under this name
 
     store = TCPStore(
         os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=timedelta(minutes=5)

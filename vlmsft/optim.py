@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, cast
 
 import nemo_run as run
 from nemo.collections.llm.recipes.optim.adam import distributed_fused_adam_with_cosine_annealing
@@ -37,4 +37,5 @@ def adam_with_cosine_annealing(
     )
     module.config.weight_decay = weight_decay
     module.config.adam_eps = adam_eps
-    return module
+    # NeMo's annotation names another class than the one that it configures
+    return cast("run.Config[MegatronOptimizerModule]", module)

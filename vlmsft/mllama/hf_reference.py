@@ -9,7 +9,8 @@ transformers 4.57.6 differs from Meta's and NeMo's model, which the weights were
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -32,7 +33,8 @@ class StatesBeforeLayers(MllamaVisionEncoder):
         for layer in self.layers:
             states.append(hidden_states)
             hidden_states = layer(hidden_state=hidden_states, attention_mask=attention_mask)
-        return BaseModelOutput(last_hidden_state=hidden_states, hidden_states=tuple(states))
+        last = cast(torch.FloatTensor, hidden_states)  # HF's annotation leaves out bfloat16 and the GPU
+        return BaseModelOutput(last_hidden_state=last, hidden_states=tuple(states))
 
 
 class BothBranchesMasked(MllamaCrossAttentionDecoderLayer):
@@ -48,7 +50,9 @@ class BothBranchesMasked(MllamaCrossAttentionDecoderLayer):
         **kwargs: Any,
     ) -> Tensor:
         """(B, S, H) -> the same shape; full_text_row_masked_out_mask (B, 1, S, 1) is 0 for a row that sees no image."""
-        output = super().forward(
+        # HF's annotation has no None, a pair of masks and a tuple as the result; its code has what stands here
+        forward = cast(Callable[..., Tensor], super().forward)
+        output = forward(
             hidden_states,
             cross_attention_states=cross_attention_states,
             cross_attention_mask=cross_attention_mask,

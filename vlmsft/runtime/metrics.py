@@ -84,7 +84,8 @@ class MetricsFile(Callback):
         step = trainer.global_step
         if not trainer.is_global_zero or step == self._last_step:
             return
-        if step % trainer.log_every_n_steps == 0 or step == trainer.max_steps:
+        interval = trainer.log_every_n_steps  # pyright: ignore[reportAttributeAccessIssue] # set from outside the class
+        if step % interval == 0 or step == trainer.max_steps:
             self.table.write(self._row(trainer))
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

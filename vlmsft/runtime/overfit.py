@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import lightning.pytorch as pl
 import torch
@@ -17,6 +17,8 @@ from vlmsft.runtime.progress import read_metric
 
 if TYPE_CHECKING:
     from vlmsft.data.encode import EncodedSample
+    from vlmsft.data.preloaded import PreloadedDataModule
+    from vlmsft.mllama.model import MLlamaModel
 
 
 class OverfitCheck(pl.Callback):
@@ -36,14 +38,17 @@ class OverfitCheck(pl.Callback):
 
     @torch.no_grad()
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        dataset = trainer.datamodule._validation
+        data: PreloadedDataModule = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue] # set by fit()
+        model, dataset = cast("MLlamaModel", pl_module), data._validation
+        assert dataset is not None
         samples = [dataset.sample(index) for index in range(len(dataset))]
-        pad, size = dataset.encoder.pad_token_id, trainer.datamodule.micro_batch_size
-        pl_module.eval()
-        answers = share_reproduced(pl_module, samples, pad, size)
-        permuted = share_reproduced(pl_module, permute_images(samples), pad, size)
-        pl_module.train()
+        pad, size = dataset.encoder.pad_token_id, data.micro_batch_size
+        model.eval()
+        answers = share_reproduced(model, samples, pad, size)
+        permuted = share_reproduced(model, permute_images(samples), pad, size)
+        model.train()
         loss = read_metric(trainer, "reduced_train_loss")
+        assert loss is not None  # NeMo logs it at every step
         if trainer.is_global_zero:
             console().print(
                 f"training loss {loss:.4f}; validation answers reproduced: {answers:.1%}, with the images permuted: "
@@ -89,10 +94,10 @@ def _with_images_of(sample: EncodedSample, other: EncodedSample) -> EncodedSampl
 
 
 def share_reproduced(
-    pl_module: pl.LightningModule, samples: Sequence[EncodedSample], pad_token_id: int, micro_batch_size: int
+    model: MLlamaModel, samples: Sequence[EncodedSample], pad_token_id: int, micro_batch_size: int
 ) -> float:
     """The share of samples whose labels are all the argmax of the logits before them (teacher forcing)."""
-    hits = [hit for batch in _batches(samples, pad_token_id, micro_batch_size) for hit in reproduced(pl_module, batch)]
+    hits = [hit for batch in _batches(samples, pad_token_id, micro_batch_size) for hit in reproduced(model, batch)]
     return sum(hits) / len(hits)
 
 
@@ -101,11 +106,11 @@ def _batches(samples: Sequence[EncodedSample], pad_token_id: int, size: int) -> 
         yield collate(samples[start : start + size], pad_token_id)
 
 
-def reproduced(pl_module: pl.LightningModule, batch: dict) -> list[bool]:
+def reproduced(model: MLlamaModel, batch: dict) -> list[bool]:
     """For each sample of the micro batch, whether every label is the argmax."""
     from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 
-    batch = pl_module.data_step(iter([batch]))
+    batch = model.data_step(iter([batch]))
     labels = batch.pop("labels")
-    logits = gather_from_tensor_model_parallel_region(pl_module.forward_step(batch))  # (B, S, vocab_size)
+    logits = gather_from_tensor_model_parallel_region(model.forward_step(batch))  # (B, S, vocab_size)
     return ((logits.argmax(-1) == labels) | (labels == IGNORE)).all(dim=1).tolist()

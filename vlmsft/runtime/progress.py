@@ -18,7 +18,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from rich.console import Console, RenderableType
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn
 from rich.text import Text
 
 from vlmsft.runtime import logging as run_logging
@@ -172,7 +172,7 @@ class TrainProgress(ProgressBar):
         return details
 
 
-_TRAINING, _VALIDATION = 0, 1  # rich numbers a bar's tasks in the order in which they are added
+_TRAINING, _VALIDATION = TaskID(0), TaskID(1)  # rich numbers a bar's tasks in the order in which they are added
 
 
 class _Bar(Progress):

@@ -12,8 +12,8 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import yaml
+from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.loggers import WandbLogger
-from lightning.pytorch.loggers.logger import rank_zero_experiment
 
 from vlmsft.runtime.provenance import Scrubber
 
