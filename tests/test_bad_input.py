@@ -235,5 +235,7 @@ def test_machine_without_gpus(train, data):
 
     if torch.cuda.is_available():
         pytest.skip("this machine has one")
-    code, text = train(*data.overrides, "strategy=megatron", "precision=bf16-mixed", "trainer.accelerator=gpu")
+    code, text = train(
+        *data.overrides, "strategy=megatron", "precision=bf16-mixed", "trainer.accelerator=gpu", "trainer.devices=1"
+    )
     assert code == 2 and "trainer.devices: found 1 GPUs, expected at most the 0 of this machine" in text

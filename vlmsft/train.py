@@ -64,6 +64,7 @@ def start_all() -> None:
         for start in starts:
             code = codes.get(start.job.run_dir)
             state = {None: "not started", 0: "done"}.get(code, f"failed with exit code {code}")
+            state = "interrupted" if code in INTERRUPTED else state
             console().print(f"{state}: {start.job.run_dir}", markup=False, highlight=False)
     failed = [code for code in codes.values() if code]
     if failed:

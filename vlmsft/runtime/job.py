@@ -123,7 +123,9 @@ def start_child(job: Job) -> int:
     """Train in a process of its own, and give its exit code: jobs of a multirun don't share NeMo's global state."""
     Path(job.run_dir, RECIPE_FILE).write_text(ZlibJSONSerializer().serialize(job.recipe), encoding="utf-8")
     environment = {**os.environ, "PYTHONPATH": _python_path()}
-    child = subprocess.Popen([sys.executable, "-m", "vlmsft.runtime.job", job.run_dir], env=environment)
+    ignored = "ignore:The pynvml package:FutureWarning"  # torch's, at import
+    command = [sys.executable, "-W", ignored, "-m", "vlmsft.runtime.job", job.run_dir]
+    child = subprocess.Popen(command, env=environment)
 
     def handle(number: int, frame: FrameType | None) -> None:
         if number != signal.SIGINT:  # a terminal sends Ctrl-C to the child as well
@@ -314,7 +316,9 @@ def _append_to_stdout() -> None:
 
 def main(run_dir: str) -> None:
     try:
-        run_here(read_job(run_dir))
+        with quiet(run_dir):  # reading the recipe imports NeMo
+            job = read_job(run_dir)
+        run_here(job)
     except UserError as error:
         print(format_problems(error), file=sys.stderr)
         sys.exit(USER_ERROR_EXIT_CODE)
