@@ -76,7 +76,7 @@ def _end_on_signal(run_id: str) -> Iterator[None]:
 
     def handle(number: int, frame: FrameType | None) -> None:
         received.append(number)
-        between_steps = signal.getsignal(signal.SIGTERM)
+        between_steps: Any = signal.getsignal(signal.SIGTERM)
         trains = between_steps is not handle and callable(between_steps)  # Lightning's, which then calls this one too
         if number == signal.SIGTERM and trains:
             return
