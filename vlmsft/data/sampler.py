@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from nemo.lightning.pytorch.plugins import MegatronDataSampler
 from torch.utils.data import DataLoader
 
@@ -51,4 +52,7 @@ def with_order(dataloader: Any, seed: int, consumed_samples: int, share: Share) 
         multiprocessing_context=dataloader.multiprocessing_context,
         prefetch_factor=dataloader.prefetch_factor,
         persistent_workers=dataloader.persistent_workers,
+        # An iterator draws a seed for its workers when it is made. From torch's own generator that would happen inside
+        # the first step, after a resume too, and shift that step's dropout.
+        generator=torch.Generator().manual_seed(seed),
     )

@@ -1,0 +1,184 @@
+"""Real NeMo trainings of the tiny model on the CPU: numbers that must agree, and runs that are cut and go on.
+
+All start from the weights of one checkpoint (a seed alone gives other weights at another tensor-parallel size) and take
+the same global batches, so each must log the losses of `reference`.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from train_cases import CHECKPOINT_AFTER, KILLED_AFTER, RUNS, Job, largest_difference, metrics, run_jobs
+
+pytestmark = pytest.mark.nemo
+
+STEPS, VALIDATE_EVERY = 10, CHECKPOINT_AFTER  # a checkpoint after each validation
+DEMO = ["experiment=demo", "trainer.callbacks.overfit=null", "optim.warmup_steps=2", "optim.max_lr=2e-3"]
+SHORT = [f"trainer.max_steps={STEPS}", f"trainer.val_check_interval={VALIDATE_EVERY}", "log.ckpt.save_top_k=-1"]
+LORA = ["peft=lora", "peft.dropout=0.2", "optim.max_lr=2e-2"]
+TWO_RANKS = "trainer.devices=2"
+TP2 = [TWO_RANKS, "strategy.tensor_model_parallel_size=2"]
+
+
+def batches(global_batch_size: int, micro_batch_size: int) -> list[str]:
+    return [f"data.global_batch_size={global_batch_size}", f"data.micro_batch_size={micro_batch_size}"]
+
+
+def watch(callback: str, path: Path) -> str:
+    return f"+trainer.callbacks.watch={{_target_:train_cases.{callback},path:{path}}}"
+
+
+class Runs:
+    """All trainings of this file, in three workers one after the other: importing NeMo costs more than a training."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        run_jobs(folder, self.one_process())
+        run_jobs(folder, self.two_processes(), num_processes=2)
+        run_jobs(folder, self.resumed())
+
+    def of(self, name: str) -> Path:
+        return self.folder / RUNS / name
+
+    def job(self, name: str, *overrides: str, cut_from: str | None = None) -> Job:
+        return Job(name, [*DEMO, *SHORT, *batches(4, 4), *overrides], weights_from="start", cut_from=cut_from)
+
+    def one_process(self) -> list[Job]:
+        steps = ["trainer.max_steps=3", "trainer.val_check_interval=3"]
+        frozen_text = ["model.config.freeze_language_model=true", "model.config.freeze_vision_projection=true"]
+        return [
+            Job("start", [*DEMO, "trainer.max_steps=2", "trainer.val_check_interval=2"]),
+            self.job("reference", watch("ExactValidationLoss", self.folder / "exact-4.json")),
+            self.job("mb1", *batches(4, 1)),
+            self.job("gb20", *batches(20, 5), *steps, watch("ExactValidationLoss", self.folder / "exact-20.json")),
+            self.job("lora", *LORA, watch("ChangedParameters", self.folder / "lora.json")),
+            self.job(
+                "frozen-tower",
+                *steps,
+                "model.config.freeze_vision_model=true",
+                watch("ChangedParameters", self.folder / "frozen-tower.json"),
+            ),
+            self.job(
+                "frozen-text",
+                *steps,
+                *frozen_text,
+                watch("ChangedParameters", self.folder / "frozen-text.json"),
+            ),
+        ]
+
+    def two_processes(self) -> list[Job]:
+        return [
+            self.job("tp2", *TP2),
+            self.job("tp2-resumed", *TP2, cut_from="tp2"),
+            self.job("dp2", TWO_RANKS, *batches(4, 2)),
+        ]
+
+    def resumed(self) -> list[Job]:
+        return [
+            self.job("resumed", cut_from="reference"),
+            self.job("resumed-mb1", *batches(4, 1), cut_from="reference"),
+            self.job("lora-resumed", *LORA, cut_from="lora"),
+            self.job("tp2-tp1", cut_from="tp2"),
+        ]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> Runs:
+    return Runs(tmp_path_factory.mktemp("runs"))
+
+
+def assert_same(run: dict, reference: dict, tolerance: float) -> None:
+    """The same losses, learning rates, gradient norms and validation losses, each step once and none left out."""
+    assert run["step"] == [float(step) for step in range(1, STEPS + 1)]
+    for name in ("reduced_train_loss", "val_loss", "grad_norm", "lr"):
+        difference = largest_difference(run[name], reference[name])
+        print(f"{name} differs by {difference:.1e}")
+        assert difference < tolerance, name
+
+
+@pytest.fixture
+def reference(runs):
+    found = metrics(runs.of("reference"))
+    assert found["val_loss"][-1] < 0.98 * found["val_loss"][0]  # it learns, so a wrong step shows
+    return found
+
+
+@pytest.mark.parametrize("name", ["mb1", "tp2", "dp2"])
+def test_losses_do_not_depend_on_how_a_global_batch_is_computed(runs, reference, name):
+    """In four micro batches instead of one, by two tensor-parallel ranks, by two data-parallel ranks."""
+    assert_same(metrics(runs.of(name)), reference, 1e-4)
+
+
+@pytest.mark.parametrize(("name", "uninterrupted"), [("resumed", "reference"), ("tp2-resumed", "tp2")])
+def test_resumed_run_equals_the_one_that_never_stopped(runs, name, uninterrupted):
+    assert_same(metrics(runs.of(name)), metrics(runs.of(uninterrupted)), 1e-6)
+
+
+@pytest.mark.parametrize("name", ["resumed-mb1", "tp2-tp1"])
+def test_a_run_resumes_with_another_micro_batch_and_another_tensor_parallel_size(runs, reference, name):
+    """With the optimizer: fresh moments would part from the reference at the second step."""
+    assert_same(metrics(runs.of(name)), reference, 1e-4)
+
+
+def test_dropout_after_a_resume_is_that_of_the_run_that_never_stopped(runs, reference):
+    uninterrupted = metrics(runs.of("lora"))
+    assert_same(metrics(runs.of("lora-resumed")), uninterrupted, 1e-6)
+    assert largest_difference(uninterrupted["reduced_train_loss"], reference["reduced_train_loss"]) > 1e-3
+
+
+def test_rows_of_steps_that_a_kill_took_back_are_kept_aside(runs):
+    dropped = (runs.of("resumed") / "metrics-dropped.csv").read_text().splitlines()
+    assert [line.split(",")[0] for line in dropped[1:]] == [
+        str(step) for step in range(CHECKPOINT_AFTER + 1, KILLED_AFTER + 1)
+    ]
+
+
+@pytest.mark.parametrize(("name", "file"), [("reference", "exact-4.json"), ("gb20", "exact-20.json")])
+def test_val_loss_is_the_mean_over_all_answer_tokens(runs, name, file):
+    """48 samples: also when the last global batch of 20 holds only 8 of them."""
+    exact = json.loads((runs.folder / file).read_text())
+    assert metrics(runs.of(name))["val_loss"][-1] == pytest.approx(exact, rel=1e-6)
+
+
+def test_best_checkpoint_is_named_by_the_exact_val_loss(runs):
+    val_loss = metrics(runs.of("gb20"))["val_loss"]
+    names = [path.name for path in (runs.of("gb20") / "checkpoints").iterdir()]
+    assert all(any(f"val_loss={value:.2f}-" in name for name in names) for value in val_loss), (val_loss, names)
+
+
+PARTS = {"tower": "vision_model.vision_encoder.", "projection": "vision_projection.", "text": "language_model."}
+
+
+@pytest.mark.parametrize(
+    ("file", "frozen"), [("frozen-tower.json", {"tower"}), ("frozen-text.json", {"projection", "text"})]
+)
+def test_frozen_parts_stay_and_the_others_train(runs, file, frozen):
+    changed = json.loads((runs.folder / file).read_text())
+    for part, name in PARTS.items():
+        found = {changed[parameter] for parameter in changed if name in parameter}
+        assert found == ({False} if part in frozen else {True}), part
+
+
+def test_lora_trains_all_adapters_and_nothing_else(runs):
+    changed = json.loads((runs.folder / "lora.json").read_text())
+    adapters = {name for name in changed if ".adapter." in name}
+    assert adapters == {name for name in changed if changed[name]}
+    assert len(adapters) == 2 * (2 + 2)  # in and out; linear_qkv of 2 layers, linear_q and linear_kv of one
+
+
+def test_cpu_adam_is_torch_adamw():
+    import torch
+
+    from vlmsft.runtime.cpu import CpuAdam
+
+    values = {"lr": 0.1, "betas": (0.9, 0.98), "eps": 1e-8, "weight_decay": 0.1}
+    ours, theirs = (torch.nn.Parameter(torch.tensor([1.0, -2.0, 3.0])) for _ in range(2))
+    optimizers = CpuAdam([ours], **values), torch.optim.AdamW([theirs], **values)
+    for step in range(4):
+        for parameter, optimizer in zip((ours, theirs), optimizers, strict=True):
+            parameter.grad = torch.tensor([0.3, -1.0, 2.0]) * (step - 1.5)
+            optimizer.step()
+    assert torch.equal(ours, theirs)
+    assert optimizers[0].param_groups[0]["step"] == 4

@@ -1,0 +1,213 @@
+"""Helpers of test_train.py: worker processes that train one job after the other, and callbacks that look inside."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import lightning.pytorch as pl
+import torch
+
+TESTS = Path(__file__).parent
+RUNS = Path("runs/demo")
+"""Where the demo leaves its runs, from a worker's working directory."""
+CHECKPOINT_AFTER, KILLED_AFTER = 5, 8
+"""What a run that is cut had saved and done, in steps."""
+
+
+@dataclass
+class Job:
+    """One training of conf/train.yaml with `overrides` in runs/demo/`name`.
+
+    weights_from: the run whose last checkpoint's weights it starts from
+    cut_from: the run that it goes on from, as if that had been killed (see cut)
+    """
+
+    name: str
+    overrides: list[str]
+    weights_from: str | None = None
+    cut_from: str | None = None
+    port: int = 0
+
+
+# --- in the test's process --------------------------------------------------------------------------------------------
+
+
+def run_jobs(folder: Path, jobs: list[Job], num_processes: int = 1) -> None:
+    """Train the jobs one after the other in `num_processes` gloo ranks whose working directory is `folder`."""
+    jobs_file = folder / f"jobs-{time.monotonic_ns()}.json"
+    ports = free_ports(len(jobs))
+    jobs_file.write_text(json.dumps([asdict(job) | {"port": port} for job, port in zip(jobs, ports, strict=True)]))
+    # -c and not -m: Megatron's checkpoint writer spawns a process, which would import a main module again
+    command = [sys.executable, "-c", "import sys, train_cases; train_cases.work(sys.argv[1])", str(jobs_file)]
+    workers = [
+        subprocess.Popen(
+            command,
+            cwd=folder,
+            env=_environment(rank, num_processes),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(num_processes)
+    ]
+    try:
+        outputs = [worker.communicate(timeout=900)[0] for worker in workers]
+    finally:
+        for worker in workers:
+            worker.kill()
+    for worker, output in zip(workers, outputs, strict=True):
+        assert worker.returncode == 0, output[-6000:]
+
+
+def _environment(rank: int, num_processes: int) -> dict[str, str]:
+    ours = {
+        "PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent)]),
+        "MASTER_ADDR": "127.0.0.1",
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(num_processes),
+        "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // num_processes)),
+    }
+    return {**os.environ, **ours}
+
+
+def free_ports(count: int) -> list[int]:
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [server.getsockname()[1] for server in sockets]
+    for server in sockets:
+        server.close()
+    return ports
+
+
+def metrics(run_dir: Path) -> dict[str, list[float]]:
+    """metrics.csv by column; empty cells left out."""
+    with open(run_dir / "metrics.csv", encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    return {name: [float(row[name]) for row in rows if row[name]] for name in rows[0]}
+
+
+def largest_difference(a: list[float], b: list[float]) -> float:
+    """The largest relative difference of two series of the same length."""
+    assert len(a) == len(b) > 0, (a, b)
+    return max(abs(x - y) / abs(y) for x, y in zip(a, b, strict=True))
+
+
+def last_checkpoint(run_dir: Path) -> Path:
+    return max((run_dir / "checkpoints").glob("*-last"), key=lambda path: path.stat().st_mtime)
+
+
+# --- in a worker ------------------------------------------------------------------------------------------------------
+
+
+def work(jobs_file: str) -> None:
+    from vlmsft.config_files import register_resolvers
+
+    register_resolvers()
+    for job in (Job(**fields) for fields in json.loads(Path(jobs_file).read_text())):
+        os.environ["MASTER_PORT"] = str(job.port)
+        overrides = [*job.overrides, f"id={job.name}"]
+        if job.weights_from is not None:
+            overrides.append(f"restore_from='{last_checkpoint(RUNS / job.weights_from).absolute()}'")
+        if job.cut_from is not None:
+            cut(RUNS / job.cut_from, RUNS / job.name)
+        started = time.monotonic()
+        train(overrides)
+        print(f"{job.name}: {time.monotonic() - started:.1f} s", flush=True)
+        forget_megatron()
+
+
+def cut(source: Path, target: Path) -> None:
+    """A run folder as the source's was when KILLED_AFTER steps were done, and CHECKPOINT_AFTER steps saved."""
+    if os.environ["RANK"] != "0":
+        while not target.exists():
+            time.sleep(0.1)
+        return
+    (saved,) = (
+        path
+        for path in (source / "checkpoints").iterdir()
+        if f"-step={CHECKPOINT_AFTER - 1}-" in path.name and not path.name.endswith("-last")
+    )
+    partial = target.with_name(f"{target.name}.partial")
+    for name in (saved.name, f"{saved.name}-last"):
+        shutil.copytree(saved, partial / "checkpoints" / name)
+    rows = (source / "metrics.csv").read_text(encoding="utf-8").splitlines(keepends=True)
+    (partial / "metrics.csv").write_text("".join(rows[: 1 + KILLED_AFTER]), encoding="utf-8")
+    partial.rename(target)
+
+
+def train(overrides: list[str]) -> None:
+    import hydra
+    import nemo_run as run
+
+    from vlmsft.config_files import root
+    from vlmsft.recipe import finetune_recipe
+    from vlmsft.runtime.logging import quiet
+
+    with hydra.initialize_config_dir(str(root() / "conf"), version_base="1.3"):
+        cfg = hydra.compose("train", overrides)
+    with quiet(cfg.run_dir):
+        run.run(finetune_recipe(cfg), direct=True)
+
+
+def forget_megatron() -> None:
+    """What would make the next training of this process go on with the groups and sizes of the last one."""
+    from megatron.core import parallel_state
+    from megatron.core.num_microbatches_calculator import destroy_num_microbatches_calculator
+    from nemo.utils import AppState
+
+    parallel_state.destroy_model_parallel()
+    destroy_num_microbatches_calculator()
+    torch.distributed.destroy_process_group()
+    AppState.__init__(AppState())
+
+
+class ChangedParameters(pl.Callback):
+    """Writes {name: whether its values changed in training} of all parameters to `path`."""
+
+    def __init__(self, path: str):
+        self.path = path
+        self.before: dict[str, torch.Tensor] = {}
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
+        if not self.before:
+            self.before = {name: p.detach().clone() for name, p in self._parameters(pl_module)}
+
+    def on_train_end(self, trainer, pl_module) -> None:
+        changed = {name: not torch.equal(p, self.before[name]) for name, p in self._parameters(pl_module)}
+        Path(self.path).write_text(json.dumps(changed))
+
+    def _parameters(self, pl_module):
+        """Without the prefixes of wrappers, of which Megatron's comes later where there is LoRA."""
+        return ((re.sub(r"^(module\.)+", "", name), p) for name, p in pl_module.named_parameters())
+
+
+class ExactValidationLoss(pl.Callback):
+    """Writes the mean loss over all answer tokens of the validation set to `path`, from one sample at a time."""
+
+    def __init__(self, path: str):
+        self.path = path
+
+    @torch.no_grad()
+    def on_validation_end(self, trainer, pl_module) -> None:
+        from vlmsft.data.collate import collate
+
+        dataset = trainer.datamodule._validation
+        loss_sum = num_tokens = 0.0
+        pl_module.eval()
+        for index in range(len(dataset)):
+            batch = pl_module.data_step(iter([collate([dataset.sample(index)], dataset.encoder.pad_token_id)]))
+            losses = pl_module.forward_step(batch)
+            loss_sum += float((losses * batch["loss_mask"]).double().sum())
+            num_tokens += float(batch["loss_mask"].sum())
+        pl_module.train()
+        Path(self.path).write_text(json.dumps(loss_sum / num_tokens))
