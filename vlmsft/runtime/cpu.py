@@ -1,6 +1,6 @@
 """Megatron on a machine without a GPU.
 
-NeMo 2.0 and Megatron-Core name CUDA in a few dozen places: `device="cuda"`, `torch.cuda.current_device()`, side streams,
+NeMo 2.0 and Megatron-Core name CUDA in a few dozen places: `device="cuda"`, `torch.cuda.current_device()`, streams,
 `tensor.type() == "torch.cuda.FloatTensor"`. `activate()` answers all of them with the CPU, so that the same trainer,
 DDP, optimizer and checkpoints that run on a GPU run here too, in fp32 and over gloo. `strategy=cpu` is the only thing
 that imports this module; a process that has activated it can't go back, and must not use a GPU.
@@ -159,8 +159,9 @@ def activate() -> None:
 class CpuMegatronStrategy(nl.MegatronStrategy):
     """NeMo's MegatronStrategy over gloo on CPUs; takes the same arguments.
 
-    NeMo's ProgressPrinter (replace_progress_bar) stays off whatever is asked: on rank 0 only it reads Megatron's timers,
-    which is a collective; NCCL ignores the empty one, gloo pairs it with the next rank's and hangs at the first checkpoint.
+    NeMo's ProgressPrinter (replace_progress_bar) stays off whatever is asked: on rank 0 only it reads Megatron's
+    timers, which is a collective; NCCL ignores the empty one, gloo pairs it with the next rank's and hangs at the first
+    checkpoint.
     """
 
     def __init__(self, *args, replace_progress_bar: bool = False, **kwargs):
