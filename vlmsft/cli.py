@@ -28,9 +28,8 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from vlmsft.config_files import register_resolvers, root
-from vlmsft.errors import Problem, UserError, nearest
+from vlmsft.errors import USER_ERROR_EXIT_CODE, Problem, UserError, format_problems, nearest
 
-USER_ERROR_EXIT_CODE = 2
 INTERRUPTED_EXIT_CODE = 130
 """128 + SIGINT, as a shell has it."""
 
@@ -157,12 +156,6 @@ def _raw_hydra_errors(raw: bool) -> Iterator[None]:
         os.environ.pop("HYDRA_FULL_ERROR", None)
         if before is not None:
             os.environ["HYDRA_FULL_ERROR"] = before
-
-
-def format_problems(error: UserError) -> str:
-    """The message that a command ends with."""
-    count = f"{len(error.problems)} problem{'s' if len(error.problems) > 1 else ''}"
-    return "\n".join([f"{count}; {error.state}:", *(f"  {problem}" for problem in error.problems)])
 
 
 def _overrides_on_command_line() -> list[str]:

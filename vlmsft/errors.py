@@ -6,6 +6,8 @@ import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+USER_ERROR_EXIT_CODE = 2
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -40,6 +42,12 @@ class UserError(Exception):
 
     def __reduce__(self):
         return (UserError, (self.problems, self.state))  # so that it survives a DataLoader worker
+
+
+def format_problems(error: UserError) -> str:
+    """The message that a command ends with."""
+    count = f"{len(error.problems)} problem{'s' if len(error.problems) > 1 else ''}"
+    return "\n".join([f"{count}; {error.state}:", *(f"  {problem}" for problem in error.problems)])
 
 
 def nearest(name: str, choices: Iterable[str]) -> str:

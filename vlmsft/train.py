@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig, OmegaConf
 
-from vlmsft.cli import USER_ERROR_EXIT_CODE, command, multirun_job
-from vlmsft.errors import Problem, UserError
+from vlmsft.cli import command, multirun_job
+from vlmsft.errors import USER_ERROR_EXIT_CODE, Problem, UserError
 from vlmsft.runtime.logging import console, quiet, rank_from_environment
 
 if TYPE_CHECKING:
@@ -32,11 +32,13 @@ class Start:
     """A job and all that starting it needs, with nothing left to compose.
 
     executor: None = this machine, without NeMo-Run's launchers where one process is enough
+    is_submitted: the executor hands the job over and doesn't wait for its end
     num_processes: on each node
     """
 
     job: Job
     executor: run.Config | None
+    is_submitted: bool
     dry_run: bool
     num_processes: int
     config_yaml: str
@@ -52,23 +54,52 @@ def start_all() -> None:
     """The jobs of a multirun, one after the other; a failed one doesn't keep the others from running."""
     starts = _multirun.copy()
     _multirun.clear()
-    codes: dict[str, int] = {}
+    raise_shared_run_folders(starts)
+    codes: dict[int, int] = {}
     for number, start in enumerate(starts):
         text = f"\njob {number} ({number + 1} of {len(starts)}): {' '.join(start.overrides)}"
         console().print(text, style="bold", markup=False, highlight=False)
-        codes[start.job.run_dir] = start_one(start, in_child=True)
-        if codes[start.job.run_dir] in INTERRUPTED:
+        codes[number] = start_one(start, in_child=True)
+        if codes[number] in INTERRUPTED:
             break
     if len(starts) > 1:
         console().print()
-        for start in starts:
-            code = codes.get(start.job.run_dir)
-            state = {None: "not started", 0: "done"}.get(code, f"failed with exit code {code}")
-            state = "interrupted" if code in INTERRUPTED else state
-            console().print(f"{state}: {start.job.run_dir}", markup=False, highlight=False)
+        for number, start in enumerate(starts):
+            console().print(f"{outcome(start, codes.get(number))}: {start.job.run_dir}", markup=False, highlight=False)
     failed = [code for code in codes.values() if code]
     if failed:
         sys.exit(failed[-1] if failed[-1] in INTERRUPTED else 1)
+
+
+def raise_shared_run_folders(starts: Sequence[Start]) -> None:
+    """Raises UserError where jobs have the same run folder: the later one would go on from the earlier's checkpoint."""
+    jobs: dict[str, list[int]] = {}
+    for number, start in enumerate(starts):
+        jobs.setdefault(start.job.run_dir, []).append(number)
+    remedy = "Leave id out, or let id or name differ from job to job, e.g. 'id=a-${hydra:job.num}'"
+    problems = [
+        Problem("run_dir", f"{run_dir} in jobs {', '.join(map(str, numbers))}", "a run folder for each job", remedy)
+        for run_dir, numbers in jobs.items()
+        if len(numbers) > 1
+    ]
+    if problems:
+        raise UserError(problems)
+
+
+def outcome(start: Start, code: int | None) -> str:
+    """What became of a job, in a word or two.
+
+    code: its exit code; None = never started
+    """
+    if code is None:
+        return "not started"
+    if code in INTERRUPTED:
+        return "interrupted"
+    if code != 0:
+        return f"failed with exit code {code}"
+    if start.dry_run:
+        return "dry run"
+    return "submitted" if start.is_submitted else "done"
 
 
 @command("train", after_all=start_all)
@@ -167,11 +198,12 @@ def overrides_of_this_run() -> list[str]:
 
 def prepare(cfg: DictConfig, recipe: run.Partial, executor: run.Config | None, overrides: list[str]) -> Start:
     """Freezes the config: editing YAML afterwards changes nothing of this run."""
-    from vlmsft.runtime.job import Job
+    from vlmsft.runtime.job import Job, is_local
 
     return Start(
         job=Job(recipe, cfg.run_dir, cfg.name, cfg.id),
         executor=executor,
+        is_submitted=executor is not None and not is_local(executor),
         dry_run=executor is not None and cfg.launch.dry_run,
         num_processes=num_processes(cfg.trainer.devices, cfg.trainer.accelerator),
         config_yaml=OmegaConf.to_yaml(cfg, resolve=True),

@@ -32,8 +32,7 @@ from nemo_run.config import set_nemorun_home
 from nemo_run.core.serialization.zlib_json import ZlibJSONSerializer
 from torchx.specs.api import AppState, is_terminal
 
-from vlmsft.cli import USER_ERROR_EXIT_CODE, format_problems
-from vlmsft.errors import Problem, UserError
+from vlmsft.errors import USER_ERROR_EXIT_CODE, Problem, UserError, format_problems
 from vlmsft.runtime.logging import console, log_path, quiet, rank_from_environment
 
 FAILED_EXIT_CODE = 1
@@ -165,6 +164,12 @@ def _keep_failure(run_dir: str, error: Exception) -> None:
         json.dump({"rank": rank_from_environment(), **failure}, file, ensure_ascii=False)
 
 
+def is_local(executor: run.Config) -> bool:
+    """Whether it runs jobs on this machine, where they are followed to their end."""
+    target = fdl.get_callable(executor)
+    return isinstance(target, type) and issubclass(target, run.LocalExecutor)
+
+
 def torchrun_executor(num_processes: int) -> run.Config:
     """launch=torchrun's executor, for launch=local with several devices."""
     return run.Config(run.LocalExecutor, launcher="torchrun", ntasks_per_node=num_processes)
@@ -182,8 +187,8 @@ def launch(job: Job, config: run.Config, *, dry_run: bool = False) -> int:
     home = Path(job.run_dir, "nemo_run")
     set_nemorun_home(str(home))
     executor: Any = fdl.build(config)
-    is_local = isinstance(executor, run.LocalExecutor)
-    executor.env_vars = {**(_local_environment() if is_local else {}), **executor.env_vars}
+    local = is_local(config)
+    executor.env_vars = {**(_local_environment() if local else {}), **executor.env_vars}
     Path(job.run_dir, FAILURE_FILE).unlink(missing_ok=True)
     _append_to_stdout()
     with quiet(job.run_dir):  # workers on this machine find the user's console through it
@@ -194,7 +199,7 @@ def launch(job: Job, config: run.Config, *, dry_run: bool = False) -> int:
             experiment.add(run.Partial(work, finetune=job.recipe, run_dir=job.run_dir), executor=executor, name=TASK)
             if dry_run:
                 return _dry_run(experiment)
-            return _follow(job, experiment) if is_local else _submit(job, experiment)
+            return _follow(job, experiment) if local else _submit(job, experiment)
 
 
 @contextlib.contextmanager
