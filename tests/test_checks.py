@@ -67,6 +67,20 @@ CASES = [
         "trainer.callbacks.early_stopping",
         "null",
     ),
+    (["data.validation_path=null"], "log.ckpt.every_n_train_steps", "a number of steps"),
+    (
+        ["trainer.limit_val_batches=0", "log.ckpt.every_n_train_steps=100"],
+        "log.ckpt.every_n_train_steps",
+        "a divisor of trainer.max_steps 240",
+    ),
+    (
+        ["trainer.limit_val_batches=0", "log.ckpt.train_time_interval={minutes: 15}"],
+        "log.ckpt.every_n_train_steps",
+        "a divisor of trainer.max_steps 240",
+    ),
+    (["log.ckpt.monitor=null"], "log.ckpt.monitor", "the name of a metric"),
+    (["log.ckpt.filename='{step}'"], "log.ckpt.filename", "a name with {val_loss:.4f}"),
+    (["peft=lora", "strategy.ckpt_async_save=true"], "strategy.ckpt_async_save", "false with peft"),
     (["optim.max_lr=1e-9"], "optim.min_lr", "at most optim.max_lr"),
     (["optim.warmup_steps=100000"], "optim.warmup_steps", "less than trainer.max_steps"),
     ([f"{TEXT}.num_query_groups=3"], f"{TEXT}.num_attention_heads", "a multiple of"),
@@ -92,6 +106,14 @@ def test_problem_is_named(overrides, where, expected):
     found = {problem.where: problem for problem in problems("experiment=demo", *overrides)}
     assert where in found, list(found)
     assert expected in found[where].expected
+
+
+def test_what_a_run_without_validation_must_set():
+    without = ["experiment=demo", "data.validation_path=null", "log.ckpt.monitor=reduced_train_loss"]
+    assert problems(*without, "log.ckpt.every_n_train_steps=120") == []
+    assert problems(*without, "log.ckpt.train_time_interval={minutes: 1}", "trainer.val_check_interval=1000") == []
+    (problem,) = problems(*without)
+    assert "log.ckpt.every_n_train_steps=120, or" in problem.remedy, "what it proposes is right"
 
 
 def test_all_at_once():

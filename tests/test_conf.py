@@ -83,6 +83,17 @@ def test_lora_stays_in_the_text_decoder_unless_asked():
     assert list(compose("peft=lora_tower", *DATA).peft.target_modules) == ["linear_qkv", "linear_q", "linear_kv"]
 
 
+@pytest.mark.parametrize("peft", ["lora", "lora_tower"])
+def test_lora_saves_synchronously_by_itself(peft):
+    assert compose(f"peft={peft}", *DATA).trainer.strategy.ckpt_async_save is False
+    assert compose("peft=none", *DATA).strategy.ckpt_async_save is True
+
+
+def test_the_monitor_stands_in_the_checkpoints_name():
+    cfg = compose("log.ckpt.monitor=reduced_train_loss")
+    assert cfg.log.ckpt.filename == "{reduced_train_loss:.4f}-{step}-{consumed_samples}"
+
+
 def test_early_stopping_is_a_switch():
     assert compose("early_stopping=none").trainer.callbacks.early_stopping is None
     assert compose("early_stopping=val_loss").trainer.callbacks.early_stopping.monitor == "val_loss"

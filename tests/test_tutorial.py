@@ -96,6 +96,8 @@ TRAINER = {
     "num_sanity_val_steps": "Lightning's default of 2 counts micro batches, but validation takes 32 of them at once",
 }
 LOG = {
+    "ckpt.save_optim_on_train_end": "without the optimizer a finished run can't go on to a larger max_steps",
+    "ckpt.filename": "the recipe's {model_name} is no metric and prints model_name=0; two decimals tell too few apart",
     "tensorboard.save_dir": "NeMo joins it to log_dir, so that the events of all runs would lie together",
 }
 RESUME = {
@@ -132,6 +134,8 @@ def test_equal_once_the_listed_differences_are_taken_over():
     trainer = without_our_callbacks(mine.trainer)
     trainer.num_sanity_val_steps = None
     mine.log.tensorboard.save_dir = "tb_logs"
+    mine.log.ckpt.save_optim_on_train_end = theirs.log.ckpt.save_optim_on_train_end
+    mine.log.ckpt.filename = theirs.log.ckpt.filename
     mine.resume.resume_if_exists = mine.resume.resume_ignore_no_checkpoint = False
     assert trainer == theirs.trainer
     assert mine.log == theirs.log

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -237,6 +238,49 @@ def validation_is_needed(facts: Facts) -> Iterator[Problem]:
         yield Problem("trainer.callbacks.early_stopping", "early stopping", "null", "There is no validation to stop by")
 
 
+def checkpoints_are_saved(facts: Facts) -> Iterator[Problem]:
+    """NeMo's ModelCheckpoint saves after validations, and at the end only if the last step is not a validation's.
+
+    To go on with the best save_top_k, a continued run reads the monitor's values out of the checkpoints' names.
+    """
+    monitor, filename = facts["log.ckpt.monitor"], facts["log.ckpt.filename"]
+    if facts["log.ckpt"] is None or facts["data.train_path"] is None:
+        return
+    example = "val_loss" if facts.validates else "reduced_train_loss"
+    if facts["log.ckpt.save_top_k"] != -1:
+        if not isinstance(monitor, str):
+            yield Problem("log.ckpt.monitor", str(monitor), "the name of a metric", f"log.ckpt.monitor={example}")
+        elif isinstance(filename, str) and not re.search(rf"\{{{re.escape(monitor)}[:}}]", filename):
+            remedy = "A continued run finds its best checkpoints by their names"
+            yield Problem("log.ckpt.filename", repr(filename), f"a name with {{{monitor}:.4f}}", remedy)
+    if not facts.validates:
+        yield from _saved_without_validation(facts)
+
+
+def _saved_without_validation(facts: Facts) -> Iterator[Problem]:
+    where, every = "log.ckpt.every_n_train_steps", facts["log.ckpt.every_n_train_steps"]
+    sizes = facts.whole("trainer.max_steps", "trainer.val_check_interval")
+    if sizes is None or min(sizes) < 1:
+        return
+    max_steps, interval = sizes
+    wanted = every if type(every) is int and every > 0 else interval
+    fitting = next(steps for steps in range(min(wanted, max_steps), 0, -1) if max_steps % steps == 0)
+    if not every and facts["log.ckpt.train_time_interval"] is None:
+        remedy = f"{where}={fitting}, or log.ckpt.train_time_interval={{minutes: 15}}"
+        yield Problem(where, str(every), "a number of steps: there is no validation to save a checkpoint after", remedy)
+        return
+    at_the_end = bool(facts["log.ckpt.save_last"]) and max_steps % interval != 0
+    if not at_the_end and not (type(every) is int and every > 0 and max_steps % every == 0):
+        remedy = f"Else the last steps are saved nowhere: {where}={fitting} log.ckpt.train_time_interval=null"
+        yield Problem(where, str(every), f"a divisor of trainer.max_steps {max_steps}", remedy)
+
+
+def saving_fits_peft(facts: Facts) -> Iterator[Problem]:
+    if facts["peft"] is not None and facts["strategy.ckpt_async_save"]:
+        remedy = "NeMo's PEFT callback can't save asynchronously"
+        yield Problem("strategy.ckpt_async_save", "true", "false with peft", remedy)
+
+
 def learning_rate(facts: Facts) -> Iterator[Problem]:
     highest, lowest = facts["optim.max_lr"], facts["optim.min_lr"]
     if isinstance(highest, (int, float)) and isinstance(lowest, (int, float)) and lowest > highest:
@@ -446,6 +490,8 @@ CHECKS: tuple[Callable[[Facts], Iterator[Problem]], ...] = (
     steps,
     validation_batches,
     validation_is_needed,
+    checkpoints_are_saved,
+    saving_fits_peft,
     learning_rate,
     text_sizes,
     vision_sizes,
