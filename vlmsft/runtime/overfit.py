@@ -16,6 +16,7 @@ from vlmsft.runtime.logging import console
 from vlmsft.runtime.progress import read_metric
 
 if TYPE_CHECKING:
+    from vlmsft.data.dataset import ConversationDataset
     from vlmsft.data.encode import EncodedSample
     from vlmsft.data.preloaded import PreloadedDataModule
     from vlmsft.mllama.model import MLlamaModel
@@ -39,8 +40,13 @@ class OverfitCheck(pl.Callback):
     @torch.no_grad()
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         data: PreloadedDataModule = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue] # set by fit()
-        model, dataset = cast("MLlamaModel", pl_module), data._validation
-        assert dataset is not None
+        model, loader = cast("MLlamaModel", pl_module), data.val_dataloader()
+        if isinstance(loader, list):
+            found, remedy = "no validation set", "Set data.validation_path, or trainer.callbacks.overfit=null"
+            expected = "one that is part of the training samples"
+            self._problems = [Problem(type(self).__name__, found, expected, remedy)]
+            return
+        dataset = cast("ConversationDataset", loader.dataset)
         samples = [dataset.sample(index) for index in range(len(dataset))]
         pad, size = dataset.encoder.pad_token_id, data.micro_batch_size
         model.eval()
