@@ -1,6 +1,7 @@
 """launch/ and sweeps/ are groups from anywhere, runs get one id, and nothing is left in the working directory."""
 
 import os
+import re
 import subprocess
 import sys
 
@@ -83,7 +84,17 @@ def test_run_id_of_a_launch(fresh_ids, environment, expected):
 def test_commands_in_an_allocation_are_separate_runs(fresh_ids, interactive):
     for name, value in {"SLURM_JOB_ID": "12", **interactive}.items():
         fresh_ids.setenv(name, value)
-    assert config_files.run_id().startswith("20")
+    assert re.fullmatch(r"20\d{6}-\d{6}-[0-9a-f]{4}", config_files.run_id())
+
+
+def test_commands_of_the_same_second_are_separate_runs(fresh_ids):
+    fresh_ids.setattr(config_files.time, "strftime", lambda form: "20261124-061530")
+    ids = set()
+    for _ in range(5):
+        config_files._run_id.cache_clear()
+        config_files._process_id.cache_clear()
+        ids.add(config_files.run_id())
+    assert len(ids) > 1, "five times the same four digits: once in 10^19"
 
 
 def test_run_id_stays_in_a_process(fresh_ids):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import secrets
 import time
 from pathlib import Path
 
@@ -49,7 +50,7 @@ def run_id() -> str:
     """The id of this run, the same on each rank of one launch, another for each job of a Hydra multirun.
 
     VLMSFT_RUN_ID if set (a launcher hands it to its workers); under torchrun what rank 0 proposes, shared through the
-    agent's store; in a Slurm job its id, so that a requeued job continues its own run; else the time.
+    agent's store; in a Slurm job its id, so that a requeued job continues its own run; else the time and four digits.
     """
     return _run_id(_multirun_job())
 
@@ -66,8 +67,11 @@ def _run_id(job: str) -> str:
 
 @functools.cache
 def _process_id() -> str:
-    """One per process, so that the jobs of a multirun differ in their number only."""
-    return _slurm_id() or time.strftime("%Y%m%d-%H%M%S")
+    """One per process, so that the jobs of a multirun differ in their number only.
+
+    Two commands that start in the same second differ in the four random digits: 20261124-061530-3f2a.
+    """
+    return _slurm_id() or f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
 
 
 def _slurm_id() -> str | None:
