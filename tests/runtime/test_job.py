@@ -116,7 +116,7 @@ def test_interrupted_torchrun_leaves_no_process(started, number, code):
     one.process.send_signal(number)
     assert one.process.wait(timeout=60) == code
     output = one.process.stdout.read()
-    assert "To go on: the same command with id=one" in output and "Traceback" not in output
+    assert "no checkpoint yet: the same command with id=one would start over" in output and "Traceback" not in output
     assert [process for process in family if process.is_running() and process.status() != "zombie"] == []
 
 
@@ -129,7 +129,7 @@ def test_interrupted_training_ends_between_two_steps(started, number, code):
     one.process.send_signal(number)
     found, output = one.end()
     assert found == code
-    assert "To go on: the same command with id=one" in output and "Traceback" not in output
+    assert "no checkpoint yet: the same command with id=one would start over" in output and "Traceback" not in output
     assert (one.run_dir / "started").read_text() == (one.run_dir / "ended").read_text()
 
 
@@ -171,8 +171,42 @@ def test_terminated_child(started):
     (worker,) = one.workers(1)
     one.process.send_signal(signal.SIGTERM)
     code, output = one.end()
-    assert code == 143 and "To go on: the same command with id=one" in output
+    assert code == 143 and "no checkpoint yet: the same command with id=one would start over" in output
     assert not psutil.pid_exists(worker)
+
+
+def test_how_to_go_on_names_the_step_that_a_resume_starts_from(tmp_path):
+    from vlmsft.runtime.job import Job, how_to_go_on
+
+    def checkpoint(name: str, time: float) -> Path:
+        path = tmp_path / "checkpoints" / name
+        path.mkdir(parents=True, exist_ok=True)
+        os.utime(path, (time, time))
+        return path
+
+    job = Job(None, str(tmp_path), "toys", "one")
+    nothing = "the training has stopped, no checkpoint yet: the same command with id=one would start over"
+    assert how_to_go_on(job) == nothing
+    first = checkpoint("model_name=0--val_loss=5.71-step=9-consumed_samples=20.0-last", 1e9)
+    unfinished = first.with_name(f"{first.name}-unfinished")
+    unfinished.touch()
+    assert how_to_go_on(job) == nothing, "NeMo's marker: it was being written"
+    unfinished.unlink()
+    checkpoint("model_name=0--val_loss=5.63-step=99-consumed_samples=40.0", 3e9)  # no resume starts from these
+    assert "To go on from step 10: the same command with id=one" in how_to_go_on(job)
+    newest = checkpoint("model_name=0--val_loss=5.63-step=4-consumed_samples=10.0-last", 2e9)
+    assert "from step 5:" in how_to_go_on(job)
+    newest.rename(newest.with_name("mine-last"))
+    assert "from mine-last:" in how_to_go_on(job)
+
+
+@slow
+def test_marker_is_that_of_nemo():
+    from nemo.lightning.pytorch.callbacks import ModelCheckpoint
+
+    from vlmsft.runtime.job import UNFINISHED_SUFFIX
+
+    assert UNFINISHED_SUFFIX == ModelCheckpoint.UNFINISHED_CHECKPOINT_SUFFIX
 
 
 def test_child_gets_the_frozen_recipe(tmp_path):

@@ -54,7 +54,8 @@ def test_rows_say_it_in_units():
     assert table["layout"] == "8 processes: TP 2 x PP 1 x DP 4 on NVIDIA H100 80GB HBM3"
     assert table["samples per step"] == "128 = micro batch 1 x DP 4 x accumulation 32"
     assert table["tokens per step"] == "262.1 k text, 819.7 k vision (one full image per sample)"
-    assert table["steps"] == "1,160, from step 580 = 2.00 epochs of 580.0 steps"
+    assert rows(FACTS)[0] == ("continues", "from step 580")
+    assert table["steps"] == "1,160 = 2.00 epochs of 580.0 steps"
     assert table["validation"] == "every 580 steps, 12 batches"
     assert table["memory"] == "about 59.6 GiB per GPU (estimate)"
 
@@ -106,6 +107,16 @@ def test_callback_prints_once_before_the_first_step(toy_trainer, capsys):
         "to resume: do it again",
     ):
         assert re.search(f"^{re.escape(line)}$", text, re.MULTILINE), line
+    assert "continues" not in text
+
+
+def test_first_line_of_a_resumed_run_names_its_step(toy_trainer, tmp_path, capsys):
+    first = toy_trainer(max_steps=5)
+    first.fit(ToyModel(), ToyData())
+    first.save_checkpoint(tmp_path / "five.ckpt")
+    capsys.readouterr()
+    toy_trainer(StartSummary("toy"), max_steps=12).fit(ToyModel(), ToyData(), ckpt_path=tmp_path / "five.ckpt")
+    assert "continues: from step 5\nmodel: toy\n" in capsys.readouterr().out
 
 
 def test_memory_and_tokens_of_an_mllama_like_model():

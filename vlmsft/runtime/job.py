@@ -5,7 +5,8 @@ A job is frozen when it is made: what travels to another process is the translat
     python -m vlmsft.runtime.job RUN_FOLDER     what `start_child` runs
 
 Signals. Ctrl-C and SIGTERM end a training between two steps, so that no checkpoint is left half written; a second
-Ctrl-C ends it at once. Either way the exit code is 128 + signal, and the last line says how to go on.
+Ctrl-C ends it at once. Either way the exit code is 128 + signal, and the last line says how to go on, and from
+which step.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import contextlib
 import fcntl
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -42,6 +44,8 @@ FAILURE_FILE = "failure.json"
 """What the first worker that failed has to say, in the run folder."""
 STOP_SECONDS = 40.0
 """Time for workers to end: torchrun itself waits 30 s for its own."""
+UNFINISHED_SUFFIX = "-unfinished"
+"""NeMo's ModelCheckpoint.UNFINISHED_CHECKPOINT_SUFFIX."""
 POLL_SECONDS = 1.0
 TASK = "train"
 
@@ -64,12 +68,12 @@ class Job:
 
 def run_here(job: Job) -> None:
     """Train in this process; NeMo's own output goes to the run folder. Ends the process when it was interrupted."""
-    with _end_on_signal(job.id), quiet(job.run_dir):
+    with _end_on_signal(job), quiet(job.run_dir):
         run.run(job.recipe, direct=True)
 
 
 @contextlib.contextmanager
-def _end_on_signal(run_id: str) -> Iterator[None]:
+def _end_on_signal(job: Job) -> Iterator[None]:
     """Turns what Lightning makes of Ctrl-C and SIGTERM (exit code 1, exit code 0) into a message and 128 + signal."""
     received: list[int] = []
 
@@ -91,7 +95,7 @@ def _end_on_signal(run_id: str) -> Iterator[None]:
         except BaseException:
             if not received:
                 raise
-            _say(f"{_name(received[0])}: the training has stopped. To go on: the same command with id={run_id}")
+            _say(f"{_name(received[0])}: {how_to_go_on(job)}")
             sys.exit(128 + received[0])
 
 
@@ -107,6 +111,24 @@ def _handlers(handle: Callable[[int, FrameType | None], None], *signals: int) ->
 
 def _name(number: int) -> str:
     return "Interrupted" if number == signal.SIGINT else f"Ended by {signal.Signals(number).name}"
+
+
+def how_to_go_on(job: Job) -> str:
+    """What to type after an interrupt, and from where it would go on."""
+    checkpoint = newest_checkpoint(job.run_dir)
+    if checkpoint is None:
+        return f"the training has stopped, no checkpoint yet: the same command with id={job.id} would start over"
+    step = re.search(r"step=(\d+)", checkpoint.name)  # of the last step done, counted from 0
+    place = f"step {int(step.group(1)) + 1}" if step else checkpoint.name
+    return f"the training has stopped. To go on from {place}: the same command with id={job.id}"
+
+
+def newest_checkpoint(run_dir: str | os.PathLike[str]) -> Path | None:
+    """The complete checkpoint that NeMo's AutoResume takes: the *last folder of the latest time, without a marker that
+    it is being written (nemo/lightning/resume.py, _find_trainer_ckpt_path)."""
+    folders = [path for path in Path(run_dir, "checkpoints").glob("*last") if path.is_dir()]
+    complete = [path for path in folders if not path.with_name(f"{path.name}{UNFINISHED_SUFFIX}").exists()]
+    return max(complete, key=lambda path: path.lstat().st_mtime, default=None)
 
 
 def _say(text: str) -> None:
@@ -241,7 +263,7 @@ def _follow(job: Job, experiment: run.Experiment) -> int:
             with contextlib.suppress(KeyboardInterrupt):  # a second one: at once
                 _terminate(psutil.Process().children(), STOP_SECONDS)
             _kill_children()
-            _say(f"{_name(received[0])}: the training has stopped. To go on: the same command with id={job.id}")
+            _say(f"{_name(received[0])}: {how_to_go_on(job)}")
             return 128 + received[0]
     if state == AppState.SUCCEEDED:
         return 0

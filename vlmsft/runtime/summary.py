@@ -50,6 +50,8 @@ class RunFacts:
 def rows(facts: RunFacts) -> list[tuple[str, str]]:
     """(label, text) rows of the summary."""
     table = [("model", facts.model), *_parameter_rows(facts.parameters)]
+    if facts.first_step:
+        table.insert(0, ("continues", f"from step {facts.first_step:,}"))
     ranks = facts.tensor_model_parallel_size * facts.pipeline_model_parallel_size * facts.data_parallel_size
     layout = f"{ranks} {_plural(ranks, 'process', 'processes')}: TP {facts.tensor_model_parallel_size}"
     layout += f" x PP {facts.pipeline_model_parallel_size} x DP {facts.data_parallel_size}"
@@ -89,8 +91,7 @@ def _step_rows(facts: RunFacts) -> list[tuple[str, str]]:
         parts = [f"{_count(number)} {kind}" for kind, number in facts.tokens_per_step.items()]
         table.append(("tokens per step", ", ".join(parts) + " (one full image per sample)"))
     if facts.max_steps is not None:
-        start = f", from step {facts.first_step}" if facts.first_step else ""
-        table.append(("steps", f"{facts.max_steps:,}{start}{_epochs(facts)}"))
+        table.append(("steps", f"{facts.max_steps:,}{_epochs(facts)}"))
     if facts.num_train_samples is not None:
         table.append(("training samples", f"{facts.num_train_samples:,}"))
     if facts.num_validation_batches:
