@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -11,8 +12,16 @@ from pathlib import Path
 import pytest
 import yaml
 
+from vlmsft.config_files import root
 from vlmsft.runtime import provenance
-from vlmsft.runtime.provenance import Scrubber, code_state, data_fingerprint, file_fingerprint, write_run_folder
+from vlmsft.runtime.provenance import (
+    Scrubber,
+    code_state,
+    data_fingerprint,
+    file_fingerprint,
+    image_names,
+    write_run_folder,
+)
 
 CONFIG = "name: demo\noptim:\n  max_lr: 0.001\n  betas: [0.9, 0.95]\ntrainer: {max_steps: 10}\n"
 # built here, so that no scanner takes this file's text for a leaked key
@@ -205,15 +214,21 @@ def test_short_environment_values_and_paths_are_no_secrets(monkeypatch, tmp_path
 # ------------------------------------------------------------------------------------------------------------- data
 
 
+def record(*images: str, key: str = "image", text: str = "") -> dict:
+    """LLaVA's form; one image stands by itself, several in a list."""
+    turns = [{"from": "human", "value": "<image>" * len(images) + f"{text}?"}, {"from": "gpt", "value": "!"}]
+    return {key: images[0] if len(images) == 1 else list(images), "conversations": turns}
+
+
 @pytest.fixture
 def dataset(tmp_path) -> Path:
     folder = tmp_path / "here"
     (folder / "images" / "sub").mkdir(parents=True)
     for name, size in (("a.jpg", 10), ("sub/b.jpg", 20), ("not-named.jpg", 5)):
         (folder / "images" / name).write_bytes(b"x" * size)
-    records = [{"image": "a.jpg"}, {"image": ["a.jpg", "sub/b.jpg"]}, {"text": "no image"}]
+    records = [record("a.jpg"), record("a.jpg", "sub/b.jpg"), record(text="no image")]
     (folder / "train.jsonl").write_text("\n".join(json.dumps(record) for record in records))
-    (folder / "val.json").write_text(json.dumps([{"image": "gone.jpg"}]) + "\n")
+    (folder / "val.json").write_text(json.dumps([record("gone.jpg")]) + "\n")
     return folder
 
 
@@ -247,9 +262,22 @@ def test_fingerprint_is_the_same_elsewhere_and_sees_changes(dataset, tmp_path):
 
 def test_missing_and_broken_files_do_not_stop_a_start(dataset):
     assert file_fingerprint(dataset / "gone.jsonl") == {"missing": True}
-    (dataset / "train.jsonl").write_text('{"image": "a.jpg"}\n{broken\n[1]\n')
+    (dataset / "train.jsonl").write_text(json.dumps(record("a.jpg")) + '\n{broken\n[1]\n{"image": "no turns.jpg"}\n')
     (dataset / "val.json").write_text("[broken")
     assert fingerprint(dataset)["images"]["files"] == 1
+
+
+def test_images_of_all_forms_of_records_are_found(tmp_path):
+    parts = [{"type": "image", "path": "part.jpg"}, {"type": "text", "text": "?"}]
+    messages = {"messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": "!"}]}
+    records = [record("one.jpg"), record("list-1.jpg", "list-2.jpg", key="images"), messages]
+    (tmp_path / "records.jsonl").write_text("\n".join(json.dumps(one) for one in records))
+    assert list(image_names(tmp_path / "records.jsonl")) == ["one.jpg", "list-1.jpg", "list-2.jpg", "part.jpg"]
+
+
+def test_a_launcher_can_import_it_without_torch():
+    code = "import sys, vlmsft.runtime.provenance; sys.exit(any(m in sys.modules for m in ('torch', 'nemo', 'PIL')))"
+    assert subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(root())}).returncode == 0
 
 
 def test_fingerprint_of_a_folder_of_shards(dataset):

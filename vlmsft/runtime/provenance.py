@@ -35,6 +35,9 @@ from typing import Any
 
 import yaml
 
+from vlmsft.data.records import RecordFile, parse
+from vlmsft.errors import UserError
+
 PACKAGES = (
     "vlmsft",
     "torch",
@@ -438,29 +441,12 @@ def _sizes(root: str, names: Sequence[str]) -> list[int]:
 
 
 def image_names(path: str | os.PathLike[str]) -> Iterator[str]:
-    """The `image` entries (a string or a list of them) of a JSON or JSONL record file.
+    """The images that the records of a JSON or JSONL file name, as vlmsft.data.records understands them.
 
-    Records that can't be read are passed over here: naming them is the data module's task.
+    Records and files that can't be understood are passed over here: naming them is the data module's task.
     """
-    with open(path, encoding="utf-8", errors="replace") as file:
-        start = file.read(4096).lstrip("\ufeff \t\r\n")
-        file.seek(0)
-        records: Iterable[Any] = _json_list(file.read()) if start.startswith("[") else map(_json_or_none, file)
-        for record in records:
-            images = record.get("image") if isinstance(record, dict) else None
-            if isinstance(images, str):
-                yield images
-            elif isinstance(images, list):
-                yield from (name for name in images if isinstance(name, str))
-
-
-def _json_list(text: str) -> list[Any]:
-    records = _json_or_none(text.lstrip("\ufeff"))
-    return records if isinstance(records, list) else []
-
-
-def _json_or_none(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError:
-        return None
+    with contextlib.suppress(UserError):
+        records = RecordFile(path)
+        for index in range(len(records)):
+            with contextlib.suppress(UserError):
+                yield from parse(records[index]).images
