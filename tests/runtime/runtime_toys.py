@@ -41,4 +41,6 @@ class ToyData(pl.LightningDataModule):
         return torch.utils.data.DataLoader(samples, batch_size=self.global_batch_size)
 
     def val_dataloader(self):
-        return torch.utils.data.DataLoader([{"x": torch.ones(2)} for _ in range(8)], batch_size=4)
+        """8 samples, of which 3 lost a token."""
+        samples = [{"x": torch.ones(2), "num_truncated_tokens": int(i < 3)} for i in range(8)]
+        return torch.utils.data.DataLoader(samples, batch_size=4)

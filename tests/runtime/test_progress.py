@@ -25,7 +25,9 @@ def test_plain_lines_without_a_terminal(toy_trainer, capsys):
     assert "lr 1.00e-01" in lines[0]
     assert re.fullmatch(r"validation at step 4: val_loss \d\.\d{4} \(0 s\)", lines[1])
     assert re.match(r"step 8/8 \| loss [\d.]+ \| lr 7\.81e-04 \| [\d.]+ samples/s \| 0 s left \| val_loss", lines[2])
-    assert lines[-1] == "16 samples were longer than the text limit and lost their end"
+    assert lines[-1] == (
+        "16 sample visits in training and 6 in validation were longer than the text limit and lost their end"
+    )
     assert len(lines) == 5, lines  # first and last step, two validations, the truncation
 
 

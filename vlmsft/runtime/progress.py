@@ -30,6 +30,9 @@ WINDOW_SECONDS = 60.0
 class TrainProgress(ProgressBar):
     """Step, loss, LR, samples/s, time left, last validation loss and truncated samples, on global rank 0.
 
+    A truncated sample counts at each visit: once an epoch in training, once a validation; a resumed run starts at 0.
+    A step that fp16's loss scaling skipped counts as a step.
+
     refresh_seconds: how often the bar in a terminal takes new values
     line_seconds: how often a line is written where stdout is no terminal; the first and the last step always are
     """
@@ -40,6 +43,7 @@ class TrainProgress(ProgressBar):
         self.line_seconds = line_seconds
         self.rate = StepRate()
         self.num_truncated_samples = 0
+        self.num_truncated_in_validation = 0
         self._enabled = True
         self._console: Console | None = None
         self._bar: _Bar | None = None
@@ -95,6 +99,8 @@ class TrainProgress(ProgressBar):
         self._sees_microbatches = True
         if step.trainer is not None and step.trainer.training:
             self.num_truncated_samples += count_truncated(batch)
+        if step.trainer is not None and step.trainer.validating:  # not while it is sanity checking
+            self.num_truncated_in_validation += count_truncated(batch)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._validation_started = time.monotonic()
@@ -103,7 +109,11 @@ class TrainProgress(ProgressBar):
             total = sum(trainer.num_sanity_val_batches if trainer.sanity_checking else trainer.num_val_batches)
             self._bar.reset(_VALIDATION, total=total if math.isfinite(total) else None, visible=True)
 
-    def on_validation_batch_end(self, *args: Any, **kwargs: Any) -> None:
+    def on_validation_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *args: Any, **kwargs: Any
+    ) -> None:
+        if not self._sees_microbatches and trainer.validating:
+            self.num_truncated_in_validation += count_truncated(batch)
         if self._bar:
             self._bar.advance(_VALIDATION)
 
@@ -125,9 +135,11 @@ class TrainProgress(ProgressBar):
             self._show(trainer, time.monotonic())
         self._stop()
         # every rank takes part: each saw its own samples
-        truncated = sum_over_data_parallel_ranks(self.num_truncated_samples)
-        if truncated and self._enabled:
-            self.print(f"{truncated} samples were longer than the text limit and lost their end")
+        in_training = sum_over_data_parallel_ranks(self.num_truncated_samples)
+        in_validation = sum_over_data_parallel_ranks(self.num_truncated_in_validation)
+        if (in_training or in_validation) and self._enabled:
+            visits = f"{in_training} sample visits in training and {in_validation} in validation"
+            self.print(f"{visits} were longer than the text limit and lost their end")
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._stop()
