@@ -2,12 +2,19 @@
 
 import logging
 import sys
+from dataclasses import asdict
+from types import SimpleNamespace
 
 import nemo_run as run
 import pytest
+import torch
 from config_cases import DATA, compose
 
+from vlmsft.checks import shapes
+from vlmsft.mllama.sizes import GIB, lora_hits, lora_matrices, parameter_counts
 from vlmsft.plan import can_be_counted, facts, num_records, written_out
+from vlmsft.plan import memory as plan_memory
+from vlmsft.runtime import summary
 
 
 class Part:
@@ -75,6 +82,74 @@ def test_demo():
     assert plan.memory_gib_per_gpu is None and plan.device == "the CPU", "an estimate for GPUs says nothing here"
     assert plan.num_train_samples == num_records(compose("experiment=demo").data.train_path) > 24
     assert num_records("/nowhere") is None and num_records(None) is None
+
+
+class Model:
+    """The parameters of a config's model under MLlama's names, without memory, frozen as NeMo does it."""
+
+    def __init__(self, cfg):
+        config = cfg.model.config
+        text, vision = shapes(cfg)
+        indices = range(vision.num_intermediate_layers)
+        self.config = SimpleNamespace(
+            language_model_config=SimpleNamespace(**asdict(text)),
+            vision_model_config=SimpleNamespace(**asdict(vision), intermediate_layers_indices=indices),
+        )
+        element = torch.float32 if str(cfg.precision) == "32" else torch.bfloat16
+        names = {
+            "text": ("language_model.", config.freeze_language_model),
+            "tower": ("vision_model.vision_encoder.", config.freeze_vision_model),
+            "projector": ("vision_model.vision_projection.", config.freeze_vision_projection),
+        }
+        self.named = {}
+
+        def add(name, count, trains):
+            parameter = torch.nn.Parameter(torch.empty(count, dtype=element, device="meta"), requires_grad=trains)
+            self.named[f"{name}weight"] = parameter
+
+        for part, count in parameter_counts(text, vision).items():
+            name, frozen = names[part]
+            add(name, count.total, not frozen)
+        if cfg.peft is None:
+            return
+        for name, parameter in self.named.items():  # nemo/collections/vlm/peft/lora.py, freeze_model
+            freeze_text, freeze_vision = cfg.peft.freeze_language_model, cfg.peft.freeze_vision_model
+            if (freeze_text and "language_model" in name) or (freeze_vision and "vision_model" in name):
+                parameter.requires_grad_(False)
+        matrices = lora_matrices(text, vision)
+        for module in {hit for target in cfg.peft.target_modules for hit in lora_hits(target, matrices)}:
+            add(f"{module}.adapter.", cfg.peft.dim * matrices[module], True)
+
+    def named_parameters(self):
+        return self.named.items()
+
+    def parameters(self):
+        return iter(self.named.values())
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["experiment=demo"],
+        ["experiment=demo", "model.config.freeze_vision_model=true"],
+        ["experiment=lora", *DATA],
+        ["experiment=lora", "peft=lora_tower", *DATA],
+        ["experiment=lora", "peft.freeze_vision_model=false", *DATA],
+        ["experiment=lora", "peft.freeze_language_model=false", "model.config.freeze_vision_projection=true", *DATA],
+        ["experiment=llava_instruct_ja", "strategy.tensor_model_parallel_size=1", *DATA],
+    ],
+    ids=str,
+)
+def test_plan_says_what_the_summary_of_the_run_says(overrides):
+    cfg = compose(*overrides)
+    plan, model, data = facts(cfg), Model(cfg), SimpleNamespace(**cfg.data)
+    optimizer = SimpleNamespace(use_distributed_optimizer=True)
+    strategy = SimpleNamespace(tensor_model_parallel_size=1, ddp_config=optimizer)
+    trainer = SimpleNamespace(datamodule=data, world_size=plan.data_parallel_size, strategy=strategy)
+    assert summary.count_parameters(model) == plan.parameters
+    assert summary._tokens_per_step(model, data) == plan.tokens_per_step
+    memory = plan_memory(cfg, *shapes(cfg), plan.data_parallel_size).peak
+    assert summary.memory_gib(trainer, model) == pytest.approx(memory / GIB)
 
 
 @pytest.mark.nemo

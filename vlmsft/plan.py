@@ -10,18 +10,16 @@ from vlmsft.cli import command
 from vlmsft.errors import UserError
 from vlmsft.mllama.sizes import (
     GIB,
-    Count,
+    NONE,
     MemoryEstimate,
     TextShape,
     VisionShape,
     lora_count,
+    lora_hits_tower,
     memory_estimate,
     parameter_counts,
     tokens_per_step,
 )
-
-TILES_PER_IMAGE = 4
-"""For the estimates: what a large picture is cut into, and what the tower always computes."""
 
 
 @command("train")
@@ -70,7 +68,9 @@ def can_be_counted(cfg: DictConfig) -> bool:
     lora = values["peft.target_modules"], values["peft.dim"]
     if values["peft"] is not None and not (isinstance(lora[0], list) and type(lora[1]) is int):
         return False
-    freezes = (f"model.config.freeze_{part}" for part in ("language_model", "vision_model", "vision_projection"))
+    freezes = [f"model.config.freeze_{part}" for part in ("language_model", "vision_model", "vision_projection")]
+    if values["peft"] is not None:
+        freezes += ["peft.freeze_language_model", "peft.freeze_vision_model"]
     if not all(isinstance(values[key], bool) for key in freezes):
         return False
     sizes_fit = (checks.tensor_parallel_divides, checks.text_sizes, checks.vision_sizes, checks.lora_targets)
@@ -95,7 +95,11 @@ def facts(cfg: DictConfig) -> Any:
         device="the CPU" if on_cpu else f"{values.world_size} GPUs",
         micro_batch_size=values["data.micro_batch_size"],
         global_batch_size=values["data.global_batch_size"],
-        tokens_per_step=tokens(cfg, vision),
+        tokens_per_step=tokens_per_step(
+            vision,
+            global_batch_size=values["data.global_batch_size"],
+            text_tokens=values["data.decoder_seq_length"],
+        ),
         num_train_samples=num_records(values["data.train_path"]),
         max_steps=values["trainer.max_steps"],
         val_check_interval=values["trainer.val_check_interval"],
@@ -104,51 +108,47 @@ def facts(cfg: DictConfig) -> Any:
     )
 
 
+def frozen_parts(cfg: DictConfig) -> dict[str, bool]:
+    """What model.config freezes, and what NeMo's LoRA does: its freeze_vision_model takes the projector as well."""
+    config, peft = cfg.model.config, cfg.peft
+    by_lora = {"text": False, "vision": False}
+    if peft is not None:
+        by_lora = {"text": peft.freeze_language_model, "vision": peft.freeze_vision_model}
+    return {
+        "tower": config.freeze_vision_model or by_lora["vision"],
+        "projector": config.freeze_vision_projection or by_lora["vision"],
+        "text": config.freeze_language_model or by_lora["text"],
+    }
+
+
 def parameters(cfg: DictConfig, text: TextShape, vision: VisionShape) -> dict[str, tuple[int, int]]:
     """{part: (total, trainable)}."""
-    config = cfg.model.config
-    frozen = {
-        "tower": config.freeze_vision_model,
-        "projector": config.freeze_vision_projection,
-        "text": config.freeze_language_model,
-    }
-    counts: dict[str, Count] = parameter_counts(text, vision)
-    adapters = cfg.peft is not None
-    table = {part: (count.total, 0 if adapters or frozen[part] else count.total) for part, count in counts.items()}
-    if adapters:
+    frozen = frozen_parts(cfg)
+    counts = parameter_counts(text, vision)
+    table = {part: (count.total, 0 if frozen[part] else count.total) for part, count in counts.items()}
+    if cfg.peft is not None:
         size = lora_count(text, vision, cfg.peft.dim, list(cfg.peft.target_modules)).total
         table["LoRA"] = (size, size)
     return table
 
 
-def tokens(cfg: DictConfig, vision: VisionShape) -> dict[str, int]:
-    """Text and vision tokens of an optimizer step, if every sample had the longest text and one image of 4 tiles."""
-    return tokens_per_step(
-        vision,
-        global_batch_size=cfg.data.global_batch_size,
-        text_tokens=cfg.data.decoder_seq_length,
-        images_per_sample=1,
-        tiles_per_image=TILES_PER_IMAGE,
-    )
-
-
 def memory(cfg: DictConfig, text: TextShape, vision: VisionShape, data_parallel_size: int) -> MemoryEstimate:
-    """One GPU's bytes, at the longest text and one image of 4 tiles a sample."""
-    config = cfg.model.config
+    """One GPU's bytes, at the longest text and one image of all tiles a sample."""
+    frozen = frozen_parts(cfg)
+    targets = [] if cfg.peft is None else list(cfg.peft.target_modules)
     return memory_estimate(
         text,
         vision,
         micro_batch_size=cfg.data.micro_batch_size,
         text_tokens=cfg.data.decoder_seq_length,
-        tiles_per_image=TILES_PER_IMAGE,
         tensor_model_parallel_size=cfg.strategy.tensor_model_parallel_size,
         data_parallel_size=data_parallel_size,
         bf16=str(cfg.precision) != "32",
-        freeze_language_model=config.freeze_language_model,
-        freeze_vision_model=config.freeze_vision_model,
-        freeze_vision_projection=config.freeze_vision_projection,
-        lora_dim=0 if cfg.peft is None else cfg.peft.dim,
-        lora_target_modules=() if cfg.peft is None else list(cfg.peft.target_modules),
+        freeze_language_model=frozen["text"],
+        freeze_vision_model=frozen["tower"],
+        freeze_vision_projection=frozen["projector"],
+        lora=NONE if cfg.peft is None else lora_count(text, vision, cfg.peft.dim, targets),
+        lora_in_tower=lora_hits_tower(text, vision, targets),
     )
 
 

@@ -13,6 +13,7 @@ from vlmsft.mllama.sizes import (
     VisionShape,
     activation_bytes,
     lora_count,
+    lora_hits_tower,
     memory_estimate,
     parameter_counts,
     tokens_per_step,
@@ -25,7 +26,8 @@ VISION_90B = dataclasses.replace(VISION_11B, text_hidden_size=8192)
 TEXT_TINY = TextShape(4, 2, 32, 64, 4, 2, 128)
 VISION_TINY = VisionShape(3, 2, 48, 56, 14, 2, 32, ffn_hidden_size=96)
 TEXT_TARGETS = [f"*.language_model.*.{name}" for name in ("linear_qkv", "linear_q", "linear_kv")]
-LORA = {"lora_dim": 8, "lora_target_modules": TEXT_TARGETS}
+FROZEN = {"freeze_language_model": True, "freeze_vision_model": True, "freeze_vision_projection": True}
+LORA = {"lora": lora_count(TEXT_11B, VISION_11B, 8, TEXT_TARGETS), **FROZEN}
 
 
 def totals(text, vision):
@@ -45,7 +47,7 @@ def test_90b():
 
 def test_lora():
     # 32 self-attention layers with (4096 in, 6144 out), 8 cross layers with (4096, 4096) and (4096, 2048)
-    text_only = lora_count(TEXT_11B, VISION_11B, 8, LORA["lora_target_modules"]).total
+    text_only = lora_count(TEXT_11B, VISION_11B, 8, TEXT_TARGETS).total
     assert text_only == 8 * (32 * 10240 + 8 * (8192 + 6144))
     # NeMo's own names hit the tower's 32 + 8 layers with (1280 in, 3840 out) as well
     with_tower = lora_count(TEXT_11B, VISION_11B, 8, ["linear_qkv", "linear_q", "linear_kv"]).total
@@ -90,7 +92,9 @@ def test_frozen_parts_cost_their_weights_only():
     assert lora.gradients == 4 * lora_count(TEXT_11B, VISION_11B, 8, TEXT_TARGETS).total
     full = memory_estimate(TEXT_11B, VISION_11B, **SMALL)
     assert lora.activations < frozen.activations < full.activations
-    in_tower = {"lora_dim": 8, "lora_target_modules": ["linear_qkv"]}
+    assert not lora_hits_tower(TEXT_11B, VISION_11B, TEXT_TARGETS)
+    assert lora_hits_tower(TEXT_11B, VISION_11B, ["linear_qkv"])
+    in_tower = {"lora": lora_count(TEXT_11B, VISION_11B, 8, ["linear_qkv"]), "lora_in_tower": True, **FROZEN}
     assert memory_estimate(TEXT_11B, VISION_11B, **SMALL, **in_tower).activations > 2 * lora.activations
 
 
@@ -166,9 +170,7 @@ def test_tutorial_full_finetuning_fits_80_gib():
 
 
 def test_tokens_per_step():
-    tokens = tokens_per_step(
-        VISION_11B, global_batch_size=128, text_tokens=2048, images_per_sample=1, tiles_per_image=4
-    )
+    tokens = tokens_per_step(VISION_11B, global_batch_size=128, text_tokens=2048)
     assert tokens == {"text": 262_144, "vision": 128 * 6404}
 
 

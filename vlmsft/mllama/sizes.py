@@ -115,6 +115,9 @@ class Count:
         return Count(self.sharded * times, self.replicated * times)
 
 
+NONE = Count(0)
+
+
 # ------------------------------------------------------------------------------------------------------- parameters
 
 
@@ -219,6 +222,12 @@ def lora_count(text: TextShape, vision: VisionShape, dim: int, target_modules: S
     return Count(dim * sum(matrices[name] for name in {name for names in hits for name in names}))
 
 
+def lora_hits_tower(text: TextShape, vision: VisionShape, target_modules: Sequence[str]) -> bool:
+    """Whether LoRA's target_modules take a matrix of the vision tower."""
+    matrices = lora_matrices(text, vision)
+    return any(".vision_encoder." in name for target in target_modules for name in lora_hits(target, matrices))
+
+
 def matrix_names(matrices: Iterable[str]) -> list[str]:
     """The last parts of the names, each once: linear_qkv, linear_proj, ..."""
     return list(dict.fromkeys(name.rpartition(".")[2] for name in matrices))
@@ -256,7 +265,7 @@ def memory_estimate(
     micro_batch_size: int,
     text_tokens: int,
     images_per_sample: float = 1.0,
-    tiles_per_image: float = 4.0,
+    tiles_per_image: float | None = None,
     tensor_model_parallel_size: int = 1,
     sequence_parallel: bool = False,
     data_parallel_size: int = 1,
@@ -266,25 +275,24 @@ def memory_estimate(
     freeze_language_model: bool = False,
     freeze_vision_model: bool = False,
     freeze_vision_projection: bool = False,
-    lora_dim: int = 0,
-    lora_target_modules: Sequence[str] = (),
+    lora: Count = NONE,
+    lora_in_tower: bool = False,
 ) -> MemoryEstimate:
     """Estimate of one GPU's memory for full fine-tuning or LoRA without activation recomputation, PP = CP = 1.
 
     text_tokens: padded text length of a micro batch's samples
-    tiles_per_image: real tiles; the tower always computes with max_num_tiles of them
+    tiles_per_image: real tiles (None = max_num_tiles); the tower always computes with max_num_tiles of them
     fp32_build: weights come into being in fp32 and are then converted, as in NeMo: 6 bytes per parameter for a moment
 
-    LoRA (lora_dim > 0) freezes all else. Formulas: `training_bytes` and `activation_bytes`.
+    lora: its factors (`lora_count`), which train beside the parts that aren't frozen
+    lora_in_tower: some of them sit in the tower, which then must be kept for the backward pass
+
+    Formulas: `training_bytes` and `activation_bytes`.
     """
     tp = tensor_model_parallel_size
     counts = parameter_counts(text, vision)
-    lora = lora_count(text, vision, lora_dim, lora_target_modules) if lora_dim else Count(0)
     frozen = {"tower": freeze_vision_model, "projector": freeze_vision_projection, "text": freeze_language_model}
-    trains = {part: not lora_dim and not frozen[part] for part in counts}
-    matrices = lora_matrices(text, vision) if lora_dim else {}
-    adapted = [name for target in lora_target_modules for name in lora_hits(target, matrices)]
-    gradient_in_tower = trains["tower"] or any(".vision_model." in name for name in adapted)
+    trains = {part: not frozen[part] for part in counts}
 
     held = sum(count.per_rank(tp) for count in counts.values()) + lora.per_rank(tp)
     trained = sum(count.per_rank(tp) for part, count in counts.items() if trains[part]) + lora.per_rank(tp)
@@ -301,13 +309,13 @@ def memory_estimate(
             micro_batch_size=micro_batch_size,
             text_tokens=text_tokens,
             images_per_sample=images_per_sample,
-            tiles_per_image=tiles_per_image,
+            tiles_per_image=vision.max_num_tiles if tiles_per_image is None else tiles_per_image,
             tensor_model_parallel_size=tp,
             sequence_parallel=sequence_parallel,
             element_bytes=element,
             text_weights_train=trains["text"],
             projector_trains=trains["projector"],
-            tower_trains=gradient_in_tower,
+            tower_trains=trains["tower"] or lora_in_tower,
         ),
         build=(4 + (element if bf16 else 0)) * held if fp32_build else element * held,
     )
@@ -381,9 +389,7 @@ def _tower_elements(vision: VisionShape, tp: int, trains: bool) -> float:
     return layers * layer + vision.projector_input_size
 
 
-def tokens_per_step(
-    vision: VisionShape, *, global_batch_size: int, text_tokens: int, images_per_sample: float, tiles_per_image: float
-) -> dict[str, int]:
-    """{"text": padded text tokens at most, "vision": tokens of real tiles} of one optimizer step."""
-    seen = global_batch_size * images_per_sample * tiles_per_image * vision.tokens_per_tile
-    return {"text": global_batch_size * text_tokens, "vision": round(seen)}
+def tokens_per_step(vision: VisionShape, *, global_batch_size: int, text_tokens: int) -> dict[str, int]:
+    """{"text", "vision"} tokens of one optimizer step, if every sample had text_tokens and one image of all tiles."""
+    seen = global_batch_size * vision.max_num_tiles * vision.tokens_per_tile
+    return {"text": global_batch_size * text_tokens, "vision": seen}

@@ -210,45 +210,35 @@ def _tokens_per_step(pl_module: LightningModule, data: Any) -> dict[str, int]:
         vision,
         global_batch_size=data.global_batch_size,
         text_tokens=data.decoder_seq_length,
-        images_per_sample=1,
-        tiles_per_image=vision.max_num_tiles,
     )
 
 
 def memory_gib(trainer: Trainer, pl_module: LightningModule) -> float | None:
-    """Estimate for this rank while it trains: parameters as they are, activations by `sizes.activation_bytes`."""
+    """The plan's estimate of one GPU's peak, for the parts that train and the LoRA factors that the model has."""
     data: Any = getattr(trainer, "datamodule", None)
     shapes = _shapes(pl_module)
     if shapes is None or not hasattr(data, "decoder_seq_length"):
         return None
-    text, vision = shapes
     strategy: Any = trainer.strategy
     tp = getattr(strategy, "tensor_model_parallel_size", 1)
-    sharded = getattr(getattr(strategy, "ddp_config", None), "use_distributed_optimizer", False)
-    parameters = list(pl_module.parameters())
-    element_bytes = parameters[0].element_size()
-    trains = {part: trained == total for part, (total, trained) in count_parameters(pl_module).items()}
-    states = sizes.training_bytes(
-        sum(parameter.numel() for parameter in parameters),
-        sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
-        bf16=element_bytes == 2,
-        optimizer_shards=max(trainer.world_size // tp, 1) if sharded else 1,
-    )
-    activations = sizes.activation_bytes(
-        text,
-        vision,
+    counts = count_parameters(pl_module, tp)
+    names = [name for name, _ in pl_module.named_parameters()]
+    estimate = sizes.memory_estimate(
+        *shapes,
         micro_batch_size=data.micro_batch_size,
         text_tokens=data.decoder_seq_length,
-        images_per_sample=1,
-        tiles_per_image=vision.max_num_tiles,
         tensor_model_parallel_size=tp,
         sequence_parallel=getattr(strategy, "sequence_parallel", False),
-        element_bytes=element_bytes,
-        text_weights_train=trains["text"],
-        projector_trains=trains["projector"],
-        tower_trains=trains["tower"],
+        data_parallel_size=max(trainer.world_size // tp, 1),
+        distributed_optimizer=getattr(getattr(strategy, "ddp_config", None), "use_distributed_optimizer", False),
+        bf16=next(pl_module.parameters()).element_size() == 2,
+        freeze_language_model=not counts["text"][1],
+        freeze_vision_model=not counts["tower"][1],
+        freeze_vision_projection=not counts["projector"][1],
+        lora=sizes.Count(counts["LoRA"][0]) if "LoRA" in counts else sizes.NONE,
+        lora_in_tower=any(".adapter." in name and ".vision_encoder." in name for name in names),
     )
-    return (sum(states) + activations) / sizes.GIB
+    return estimate.peak / sizes.GIB
 
 
 def count_parameters(module: torch.nn.Module, tensor_model_parallel_size: int = 1) -> dict[str, tuple[int, int]]:
