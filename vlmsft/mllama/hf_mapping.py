@@ -16,8 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# the ids behind the vocabulary that NeMo keeps in learnable_embedding
-NUM_LEARNABLE_EMBEDDINGS = 8
+from vlmsft.mllama.sizes import NUM_EXTRA_EMBEDDINGS
 
 
 @dataclass(frozen=True)
@@ -86,7 +85,7 @@ def _halve_rows(sizes: Sizes, tensors: Tensors) -> Tensors:
 
 
 def _split_embedding(sizes: Sizes, tensors: Tensors) -> Tensors:
-    return tensors[0][:-NUM_LEARNABLE_EMBEDDINGS], tensors[0][-NUM_LEARNABLE_EMBEDDINGS:]
+    return tensors[0][:-NUM_EXTRA_EMBEDDINGS], tensors[0][-NUM_EXTRA_EMBEDDINGS:]
 
 
 def _flatten_patch(sizes: Sizes, tensors: Tensors) -> Tensors:

@@ -18,9 +18,7 @@ from torch import Tensor, nn
 
 from vlmsft.mllama.attention import CrossPlan
 from vlmsft.mllama.layers import LayerKit, cross_layer_spec, text_layer_spec
-
-# HF and NeMo keep <|image|> and seven reserved ids in an embedding of their own, behind the vocabulary
-NUM_LEARNABLE_EMBEDDINGS = 8
+from vlmsft.mllama.sizes import NUM_EXTRA_EMBEDDINGS
 
 
 class TextBlock(CrossAttentionTransformerBlock):
@@ -98,7 +96,7 @@ class TextModel(GPTModel):
         self.compiled_loss = kit.compiled_loss
         self.decoder = TextBlock(config, kit, pre_process, post_process)
         self.learnable_embedding = tensor_parallel.VocabParallelEmbedding(
-            num_embeddings=NUM_LEARNABLE_EMBEDDINGS,
+            num_embeddings=NUM_EXTRA_EMBEDDINGS,
             embedding_dim=config.hidden_size,
             init_method=config.init_method,
             reduce_scatter_embeddings=False,

@@ -23,13 +23,12 @@ from torch import Tensor, nn
 
 from vlmsft.mllama.attention import TowerGroup, TowerPlan
 from vlmsft.mllama.layers import LayerKit, vision_layer_spec
+from vlmsft.mllama.sizes import TOKEN_MULTIPLE
 
 if TYPE_CHECKING:
     from vlmsft.mllama.config import VisionConfig
 
 CHANNELS = 3
-# HF pads each tile's tokens to a multiple of 8, NeMo follows
-TOKEN_MULTIPLE = 8
 
 
 class PatchEmbedding(MegatronModule):
