@@ -136,6 +136,32 @@ def test_everything_at_once(data):
     assert len(problems) == 8
 
 
+def test_answer_behind_the_length_limit(data):
+    data.write(data.train, record(), record(question="<image>\n" + "長い質問です。" * 40))
+    (problem,) = data.problems("data.decoder_seq_length=128")
+    assert problem.startswith(f"{data.train}:2: found") and "data.decoder_seq_length" in problem
+    assert data.problems("data.decoder_seq_length=512") == []
+
+
+def test_processor_that_cannot_be_loaded(data, tmp_path, monkeypatch):
+    import transformers
+
+    tried = []
+    load = transformers.AutoProcessor.from_pretrained
+    monkeypatch.setattr(transformers.AutoProcessor, "from_pretrained", lambda path: tried.append(path) or load(path))
+    (tmp_path / "processor").mkdir()
+    (problem,) = data.problems(f"processor={tmp_path / 'processor'}")
+    assert problem.startswith("processor: found") and str(tmp_path / "processor") in problem
+    assert len(tried) == 1
+
+
+def test_images_that_are_not_decoded_are_counted(data, capsys):
+    path = data.images / "b.jpg"
+    path.write_bytes(path.read_bytes()[:100])
+    assert data.problems("data.verify_images=1") == []
+    assert "2 images not decoded" in capsys.readouterr().out
+
+
 def test_data_is_looked_through_once_for_all_jobs_of_a_multirun(data, monkeypatch):
     from vlmsft.data import records
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 import time
 
 import fiddle as fdl
@@ -169,6 +170,20 @@ def test_lora_targets_match_the_text_decoder_only():
         assert (lora.match(None, name, prefix) is not None) == matches, full_name
     tower = fdl.build(ours("lora", "peft=lora_tower").peft)
     assert tower.match(None, "linear_qkv", "module.vision_model.vision_encoder.transformer.layers.0.self_attention")
+
+
+def test_relative_paths_start_from_the_folder_of_the_command(tmp_path, monkeypatch):
+    from vlmsft.recipe import finetune_recipe
+
+    cfg = compose("experiment=llava_instruct_ja", *DATA, "data.image_folder='~/images'")
+    monkeypatch.chdir(tmp_path)
+    recipe = finetune_recipe(cfg)
+    assert recipe.data.train_path == str(tmp_path / "t.jsonl")
+    assert recipe.data.validation_path == str(tmp_path / "v.jsonl")
+    assert recipe.data.image_folder == os.path.expanduser("~/images")
+    assert recipe.data.processor == "meta-llama/Llama-3.2-11B-Vision-Instruct"
+    assert recipe.resume.restore_config.path == str(tmp_path / "models/11b")
+    assert cfg.data.train_path == "t.jsonl", "the composed config is never changed"
 
 
 def test_data_values():

@@ -1,4 +1,5 @@
-"""Every problem that can be known before a GPU is taken, all at once. Arithmetic on the config: no torch, no NeMo.
+"""Every problem that can be known before a GPU is taken, all at once. Arithmetic on the config, without NeMo; torch and
+transformers only to look through the data.
 
 What a value may be by itself (its type, a wrong name) recipe.py finds from NeMo's signatures. Here is how values fit
 each other, the machine and the files. A value that is absent or not set yet is no problem here: each check runs when
@@ -7,7 +8,7 @@ all that it looks at is known.
 
 from __future__ import annotations
 
-import json
+import functools
 import os
 import re
 import time
@@ -15,15 +16,19 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from rich.progress import Progress
 
-from vlmsft.errors import Problem, nearest
+from vlmsft.errors import Problem, UserError, nearest
 from vlmsft.mllama import sizes
+from vlmsft.paths import is_local, with_absolute_paths
 from vlmsft.runtime.logging import console, rank_from_environment
+
+if TYPE_CHECKING:
+    from vlmsft.data.encode import SampleEncoder
 
 TEXT, VISION = "model.config.language_model_config", "model.config.vision_model_config"
 TENSOR_PARALLEL = "strategy.tensor_model_parallel_size"
@@ -40,7 +45,7 @@ def find_problems(cfg: DictConfig, world_size: int | None = None) -> list[Proble
 
     world_size: number of processes that torchrun or srun started; None = trainer.num_nodes x trainer.devices
     """
-    facts = Facts(cfg, world_size)
+    facts = Facts(with_absolute_paths(cfg), world_size)
     return [problem for check in CHECKS for problem in check(facts)]
 
 
@@ -94,6 +99,17 @@ class Facts:
     @property
     def validates(self) -> bool:
         return self["data.validation_path"] is not None and self["trainer.limit_val_batches"] not in (0, 0.0)
+
+    @property
+    def record_files(self) -> dict[str, str]:
+        """The files of records by key."""
+        files = {key: self[key] for key in ("data.train_path", "data.validation_path")}
+        return {key: path for key, path in files.items() if isinstance(path, str)}
+
+    @property
+    def reads_files(self) -> bool:
+        """Whether this process looks into files: one of a run does."""
+        return self.runs_here and rank_from_environment() == 0
 
     @property
     def runs_here(self) -> bool:
@@ -373,87 +389,121 @@ def shapes(cfg: DictConfig) -> tuple[sizes.TextShape, sizes.VisionShape] | None:
 
 
 def processor_fits(facts: Facts) -> Iterator[Problem]:
-    """A processor in a folder tells what it makes; one on the hub is looked at by the data module."""
-    processor = facts["processor"]
-    if not isinstance(processor, str) or not _is_path(processor) or not facts.runs_here:
+    """What the processor makes is what the model takes; on the first process of a run only, as data_files."""
+    processor = facts["data.processor"]
+    if not isinstance(processor, str) or not facts.reads_files:
         return
-    folder = Path(processor)
-    if not folder.is_dir():
+    if is_local(processor) and not Path(processor).is_dir():
         yield Problem("processor", repr(processor), "a folder, or the id of a repository on the Hugging Face hub")
         return
-    image, tokenizer = _json(folder / "preprocessor_config.json"), _json(folder / "tokenizer_config.json")
+    if not is_local(processor) and not any(Path(path).is_file() for path in facts.record_files.values()):
+        return  # nothing is downloaded for a configuration that has no data here
+    encoder, problems = load_processor(processor)
+    yield from problems
+    if encoder is None:
+        return
     made = {
-        f"{VISION}.vision_chunk_size": image.get("size", {}).get("height"),
-        f"{VISION}.max_num_tiles": image.get("max_image_tiles"),
-        f"{TEXT}.vocab_size": _image_token_id(tokenizer),
+        f"{VISION}.vision_chunk_size": encoder.tile_size,
+        f"{VISION}.max_num_tiles": encoder.max_tiles,
+        # The vocabulary ends before <|image|>: its embedding is the first of the extra ones
+        f"{TEXT}.vocab_size": encoder.image_token_id,
     }
     for key, value in made.items():
-        if type(value) is int and type(facts[key]) is int and facts[key] != value:
+        if type(facts[key]) is int and facts[key] != value:
             yield Problem(key, str(facts[key]), f"{value}, as in the processor {processor}")
 
 
-def _image_token_id(tokenizer: dict) -> int | None:
-    """The id of <|image|>, which is the vocabulary's size: its embedding is the first of the extra ones."""
-    for token_id, token in tokenizer.get("added_tokens_decoder", {}).items():
-        if token.get("content") == "<|image|>":
-            return int(token_id)
-    return None
+@functools.cache
+def load_processor(processor: str) -> tuple[SampleEncoder | None, list[Problem]]:
+    """An encoder of the processor, or why there is none. Tried once: a download that fails takes its time."""
+    from vlmsft.data.encode import SampleEncoder
 
-
-def _json(path: Path) -> dict:
+    encoder = SampleEncoder(processor, decoder_seq_length=1)
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}  # transformers says what is wrong with it
-
-
-def _is_path(name: str) -> bool:
-    return name.startswith(("/", "./", "../", "~")) or name.count("/") > 1 or Path(name).is_dir()
+        _ = encoder.image_token_id
+    except UserError as error:
+        return None, error.problems
+    return encoder, []
 
 
 def checkpoint_exists(facts: Facts) -> Iterator[Problem]:
     path = facts["restore_from"]
-    if isinstance(path, str) and "://" not in path and facts.runs_here and not Path(path).expanduser().is_dir():
+    if isinstance(path, str) and "://" not in path and facts.runs_here and not Path(path).is_dir():
         remedy = "Fresh random weights on purpose: restore_from=null"
         yield Problem("restore_from", repr(path), "the folder of a NeMo checkpoint", remedy)
 
 
 def data_files(facts: Facts) -> Iterator[Problem]:
     """What vlmsft.data finds in the files, on the first process of a run only: the others would repeat it."""
-    if not facts.runs_here or rank_from_environment() != 0:
+    if not facts.reads_files:
         return
     folder_problems = set()
-    for key in ("data.train_path", "data.validation_path"):
-        path, image_folder = facts[key], facts["data.image_folder"]
-        if not isinstance(path, str):
-            continue
+    look = Look(
+        facts["data.image_folder"],
+        facts["data.processor"],
+        facts["data.decoder_seq_length"],
+        facts["data.verify_images"],
+    )
+    for key, path in facts.record_files.items():
         if not Path(path).is_file():
             yield Problem(key, repr(path), "a JSON or JSONL file of records")
             continue
-        for problem in problems_of_file(path, image_folder):
-            if problem.where != image_folder:
+        for problem in problems_of_file(path, look):
+            if problem.where != look.image_folder:
                 yield problem
             elif problem not in folder_problems:  # it isn't there for both files
                 folder_problems.add(problem)
-                yield replace(problem, where="data.image_folder", found=f"no folder {image_folder!r}")
+                yield replace(problem, where="data.image_folder", found=f"no folder {look.image_folder!r}")
 
 
-def problems_of_file(path: str, image_folder: str | None) -> list[Problem]:
+class Look(NamedTuple):
+    """What a look through records depends on beside the file; each None where the config doesn't tell."""
+
+    image_folder: str | None
+    processor: str | None
+    decoder_seq_length: int | None
+    verify_images: int | None
+
+    @property
+    def encoder(self) -> SampleEncoder | None:
+        """None where it can't be made: processor_fits says why."""
+        processor, length = self.processor, self.decoder_seq_length
+        if not isinstance(processor, str) or type(length) is not int or length < 1:
+            return None
+        if is_local(processor) and not Path(processor).is_dir():
+            return None
+        encoder, _ = load_processor(processor)
+        return None if encoder is None else encoder.with_limit(length)
+
+
+def problems_of_file(path: str, look: Look) -> list[Problem]:
     """The first problems of a file of records; looked for once, however many jobs of a multirun use the file."""
-    import vlmsft.data.encode  # noqa: F401  (seconds, which are not the data's)
-    from vlmsft.data.records import capped
+    from vlmsft.data import records
 
     stat = os.stat(path)
-    key = (path, stat.st_size, stat.st_mtime_ns, image_folder)
+    key = (path, stat.st_size, stat.st_mtime_ns, look)
     if key not in _checked:
-        from vlmsft.data.records import find_problems as look_through
-
+        encoder = look.encoder  # loading it takes seconds, which are not the data's
+        options = {} if look.verify_images is None else {"verify_images": look.verify_images}
         with _progress_if_slow(f"looking through {path}") as progress:
-            _checked[key] = capped(look_through(path, image_folder, progress=progress))
+            found = records.find_problems(
+                path,
+                look.image_folder,
+                encoder=encoder,
+                progress=progress,
+                not_decoded=lambda number: _say_not_decoded(path, number),
+                **options,
+            )
+        _checked[key] = records.capped(found)
     return _checked[key]
 
 
-_checked: dict[tuple[str, int, int, str | None], list[Problem]] = {}
+_checked: dict[tuple[str, int, int, Look], list[Problem]] = {}
+
+
+def _say_not_decoded(path: str, number: int) -> None:
+    text = f"{path}: {number} images not decoded: a broken one is found when its turn comes"
+    console().print(f"{text}; data.verify_images={number} decodes them", markup=False, highlight=False, soft_wrap=True)
 
 
 @contextmanager

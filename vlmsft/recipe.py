@@ -41,6 +41,7 @@ from omegaconf import DictConfig, ListConfig, Node, OmegaConf
 from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
 
 from vlmsft.errors import Problem, UserError, nearest
+from vlmsft.paths import with_absolute_paths
 
 TARGET, PARTIAL, CALL, ARGS = "_target_", "_partial_", "_call_", "_args_"
 REFUSED = {"_recursive_": "everything is translated recursively", "_convert_": "containers always become plain Python"}
@@ -58,10 +59,13 @@ CLOSE = 0.85
 def finetune_recipe(cfg: DictConfig) -> run.Partial:
     """What conf/train.yaml describes, as the task that NeMo-Run runs: run.Partial(llm.finetune, ...).
 
+    Relative paths of vlmsft.paths.PATHS become absolute: the task may run in another folder.
+
     Raises UserError with every problem of model, data, trainer, log, optim, resume and peft.
     """
     from nemo.collections import llm
 
+    cfg = with_absolute_paths(cfg)
     translator = Translator()
     parts = {name: translator.child(cfg, name) for name in PARTS}
     translator.raise_problems()

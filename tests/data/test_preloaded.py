@@ -118,6 +118,7 @@ def test_no_validation(arguments):
     module.prepare_data()
     module.setup("fit")
     assert module.val_dataloader() == []
+    assert module.data_sampler.transform_dataloader(module.val_dataloader()) == [], "NeMo's strategy hands it over too"
 
 
 def test_problems_of_both_files_come_before_training(arguments, tmp_path):

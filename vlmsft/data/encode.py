@@ -84,6 +84,22 @@ class SampleEncoder:
     def pad_token_id(self) -> int:
         return self._parts.pad_token_id
 
+    @property
+    def tile_size(self) -> int:
+        """Side of a tile in pixels."""
+        return self._parts.tile_size
+
+    @property
+    def max_tiles(self) -> int:
+        """Most tiles of an image."""
+        return self._parts.max_tiles
+
+    def with_limit(self, decoder_seq_length: int) -> SampleEncoder:
+        """An encoder of another length, with this one's processor if that is loaded."""
+        encoder = SampleEncoder(self.processor_path, decoder_seq_length)
+        encoder._loaded = self._loaded
+        return encoder
+
     def encode(self, turns: Sequence[Turn], images: Sequence[Image.Image], where: str = "") -> EncodedSample:
         """The encoded sample. `images` in the order of the image parts; `where` stands in front of errors.
 
@@ -192,14 +208,15 @@ class _Loaded:
 
         try:
             self.processor = AutoProcessor.from_pretrained(path)
+            self.tokenizer = self.processor.tokenizer
+            self.tile_size: int = self.processor.image_processor.size["height"]
+            self.max_tiles: int = self.processor.image_processor.max_image_tiles
+            self.image_token = self.processor.image_token
         except Exception as error:
             remedy = "Name a folder with tokenizer and preprocessor files, or a hub id that this machine can download"
             raise UserError(
-                Problem(f"processor {path}", f"{type(error).__name__}: {error}", "a processor", remedy)
+                Problem("processor", f"{path} ({type(error).__name__}: {error})", "a processor of MLlama", remedy)
             ) from error
-        self.tokenizer = self.processor.tokenizer
-        self.tile_size = self.processor.image_processor.size["height"]
-        self.image_token = self.processor.image_token
         self.image_token_id = self.tokenizer.convert_tokens_to_ids(self.image_token)
         pad = self.tokenizer.pad_token_id
         self.pad_token_id = pad if pad is not None else self.tokenizer.eos_token_id
@@ -300,7 +317,7 @@ class _Loaded:
         )
 
         settings = self.processor.image_processor
-        size, max_tiles = self.tile_size, settings.max_image_tiles
+        size, max_tiles = self.tile_size, self.max_tiles
         image = _to_rgb(image)
         canvas_height, canvas_width = get_optimal_tiled_canvas(image.height, image.width, max_tiles, size)
         rows, columns = int(canvas_height) // size, int(canvas_width) // size

@@ -9,6 +9,7 @@ import torch
 from nemo.lightning import io
 
 from vlmsft.data.dataset import ConversationDataset, UserErrorLoader
+from vlmsft.data.encode import SampleEncoder
 from vlmsft.data.records import capped, find_problems
 from vlmsft.data.sampler import VlmDataSampler
 from vlmsft.errors import Problem, UserError
@@ -23,6 +24,7 @@ class PreloadedDataModule(pl.LightningDataModule, io.IOMixin):
     seq_length: vision tokens of an image (NeMo's name); decoder_seq_length: most text tokens of a sample
     seed: of the order of the samples
     check_files: look through both files for problems before training (seconds for 150k records)
+    verify_images: that look decodes the images of a file that names at most so many
     tokenizer: NeMo's tokenizer, which travels with checkpoints; the processor's if None
     """
 
@@ -41,6 +43,7 @@ class PreloadedDataModule(pl.LightningDataModule, io.IOMixin):
         pin_memory: bool = True,
         persistent_workers: bool = True,
         check_files: bool = True,
+        verify_images: int = 1000,
         tokenizer: Any = None,
     ):
         super().__init__()
@@ -57,6 +60,7 @@ class PreloadedDataModule(pl.LightningDataModule, io.IOMixin):
         self.pin_memory = pin_memory
         self.persistent_workers = persistent_workers
         self.check_files = check_files
+        self.verify_images = verify_images
         self._tokenizer = tokenizer
         self.init_global_step = 0
         self.data_sampler = VlmDataSampler(
@@ -86,9 +90,12 @@ class PreloadedDataModule(pl.LightningDataModule, io.IOMixin):
         """Raises UserError with the problems of both files (on one rank of each node)."""
         if not self.check_files:
             return
-        problems = find_problems(self.train_path, self.image_folder)
-        if self.validation_path is not None:
-            problems += find_problems(self.validation_path, self.image_folder)
+        encoder = SampleEncoder(self.processor, self.decoder_seq_length)
+        paths = [path for path in (self.train_path, self.validation_path) if path is not None]
+        problems: list[Problem] = []
+        for path in paths:
+            found = find_problems(path, self.image_folder, verify_images=self.verify_images, encoder=encoder)
+            problems += [problem for problem in found if problem not in problems]
         if problems:
             raise UserError(capped(problems))
 

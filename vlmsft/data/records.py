@@ -271,6 +271,7 @@ def find_problems(
     verify_images: int = 1000,
     encoder: SampleEncoder | None = None,
     progress: Callable[[int, int], None] | None = None,
+    not_decoded: Callable[[int], None] | None = None,
     num_threads: int = 16,
 ) -> list[Problem]:
     """Every problem in a whole file of records; empty when all is well.
@@ -282,6 +283,7 @@ def find_problems(
     encoder: also look for samples that the encoder's decoder_seq_length would leave without image or answer (encodes
         only records long enough to be cut)
     progress: called now and then with (done, total) units of work
+    not_decoded: called with the number of images where they are more than verify_images
     """
     try:
         records = RecordFile(path)
@@ -306,6 +308,8 @@ def find_problems(
             progress(index, total)
     if not no_folder:
         verify = len(first_use) <= verify_images
+        if not verify and not_decoded:
+            not_decoded(len(first_use))
         problems += _image_problems(records, first_use, image_folder, verify, progress, num_threads)
     if progress:
         progress(total, total)

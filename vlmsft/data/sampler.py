@@ -25,6 +25,8 @@ class VlmDataSampler(MegatronDataSampler):
     def transform_dataloader(self, dataloader: DataLoader, consumed_samples: int = 0) -> DataLoader:
         """A loader of the same class, dataset, workers and mode with our batch sampler. `consumed_samples` is NeMo's
         signature; like NeMo's own sampler this one reads init_consumed_samples, and for training only."""
+        if isinstance(dataloader, list):  # a run without validation has no loader
+            return dataloader
         from megatron.core import parallel_state
 
         rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
