@@ -11,7 +11,9 @@ import hydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig
 
+from vlmsft.checks import CHECKS, CHECKS_OF_FILES, Facts
 from vlmsft.config_files import root
+from vlmsft.errors import Problem
 
 DATA = [
     "data.train_path=t.jsonl",
@@ -30,6 +32,12 @@ def compose(*overrides: str, config_name: str = "train", with_hydra: bool = Fals
     """conf/<config_name>.yaml with overrides as on the command line. Shared between tests: don't change it."""
     with hydra.initialize_config_dir(str(root() / "conf"), version_base="1.3"):
         return hydra.compose(config_name, list(overrides), return_hydra_config=with_hydra)
+
+
+def problems_of_values(cfg: DictConfig) -> list[Problem]:
+    """What is wrong with the values themselves, wherever the files that they name may be."""
+    facts = Facts(cfg, None)
+    return [problem for check in CHECKS if check not in CHECKS_OF_FILES for problem in check(facts)]
 
 
 def yaml_files() -> list[Path]:

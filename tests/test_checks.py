@@ -5,7 +5,7 @@ import json
 import pytest
 from config_cases import DATA, compose
 
-from vlmsft.checks import CHECKS, Facts, find_problems
+from vlmsft.checks import CHECKS, MINIMA, Facts, find_problems
 
 TEXT, VISION = "model.config.language_model_config", "model.config.vision_model_config"
 ELSEWHERE = "launch.executor={_target_: x}"  # the files are another machine's
@@ -29,6 +29,11 @@ def test_demo_has_none():
     assert problems("experiment=demo") == []
 
 
+FROZEN = [
+    "model.config.freeze_language_model=true",
+    "model.config.freeze_vision_model=true",
+    "model.config.freeze_vision_projection=true",
+]
 CASES = [
     # overrides of experiment=demo, the key that is named, a part of what was expected
     (["strategy.pipeline_model_parallel_size=2"], "strategy.pipeline_model_parallel_size", "1"),
@@ -50,6 +55,14 @@ CASES = [
     (["model.config.layers=transformer_engine"], "model.config.layers", "'torch'"),
     (["data.global_batch_size=7", "data.micro_batch_size=2"], "data.global_batch_size", "a multiple of 2"),
     (["data.micro_batch_size=0"], "data.micro_batch_size", "at least 1"),
+    (["seed=-1"], "seed", "at least 0"),
+    (["peft=lora", "peft.dim=0"], "peft.dim", "at least 1"),
+    (["trainer.limit_val_batches=-1"], "trainer.limit_val_batches", "at least 0"),
+    ([f"+{TEXT}.cpu_offloading=true"], f"{TEXT}.cpu_offloading", "false"),
+    ([f"+{TEXT}.fp8=hybrid"], f"{TEXT}.fp8", "null"),
+    ([f"+{VISION}.recompute_granularity=full"], f"{VISION}.recompute_granularity", "selective or null"),
+    (["launch=torchrun", "trainer.num_nodes=2"], "trainer.num_nodes", "1 with launch=torchrun"),
+    (FROZEN, ", ".join(name.split("=")[0] for name in FROZEN), "peft=lora"),
     (["trainer.max_steps=-1", "optim.warmup_steps=0"], "trainer.max_steps", "at least 1"),
     (["trainer.val_check_interval=100000"], "trainer.val_check_interval", "at most trainer.max_steps"),
     (["trainer.val_check_interval=0.5"], "trainer.val_check_interval", "a whole number"),
@@ -106,6 +119,17 @@ def test_problem_is_named(overrides, where, expected):
     found = {problem.where: problem for problem in problems("experiment=demo", *overrides)}
     assert where in found, list(found)
     assert expected in found[where].expected
+
+
+def test_adapters_are_trained_where_all_weights_are_frozen():
+    assert problems("experiment=demo", "peft=lora", *FROZEN) == []
+
+
+def test_every_minimum_is_a_key():
+    """A key that was renamed would never be looked at again."""
+    facts = Facts(compose("experiment=demo", "peft=lora", "early_stopping=val_loss"), None)
+    may_be_null = {"log.ckpt.every_n_train_steps"}
+    assert {key for key in MINIMA if facts[key] is None} == may_be_null
 
 
 def test_what_a_run_without_validation_must_set():

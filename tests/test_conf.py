@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from config_cases import DATA, commands_in, compose, compose_command, yaml_files
+from config_cases import DATA, commands_in, compose, compose_command, problems_of_values, yaml_files
 from omegaconf import OmegaConf
 
 from vlmsft.config_files import root
@@ -49,6 +49,7 @@ def test_command_of_header_composes(path, name, arguments):
     missing = OmegaConf.missing_keys(cfg)
     assert not missing, f"the command leaves {missing} open"
     OmegaConf.to_container(cfg, resolve=True)
+    assert problems_of_values(cfg) == []
 
 
 @pytest.mark.parametrize("path", [path for path in FILES if path.parent != root() / "conf"], ids=label)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 import pytest
-from config_cases import commands_in, compose_command
+from config_cases import commands_in, compose_command, problems_of_values
 
 from vlmsft.config_files import root
 
@@ -19,7 +19,7 @@ def test_there_are_commands():
 
 @pytest.mark.parametrize(("name", "arguments"), COMMANDS, ids=lambda value: str(value)[:60])
 def test_command_composes(name, arguments):
-    assert compose_command(name, arguments)
+    assert problems_of_values(compose_command(name, arguments)) == []
 
 
 def test_group_table_lists_every_choice():

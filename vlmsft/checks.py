@@ -32,8 +32,6 @@ if TYPE_CHECKING:
 
 TEXT, VISION = "model.config.language_model_config", "model.config.vision_model_config"
 TENSOR_PARALLEL = "strategy.tensor_model_parallel_size"
-NUM_EXTRA_EMBEDDINGS = 8
-"""NeMo's learnable_embedding, the image token's among them; split over the tensor-parallel ranks as the others are."""
 CPU_STRATEGY = "vlmsft.runtime.cpu.CpuMegatronStrategy"
 LOCAL_EXECUTOR = "nemo_run.LocalExecutor"
 SLOW_SECONDS = 2.0
@@ -117,6 +115,40 @@ class Facts:
         return self["launch.executor"] is None or self["launch.executor._target_"] == LOCAL_EXECUTOR
 
 
+# --- numbers by themselves --------------------------------------------------------------------------------------------
+
+MINIMA = {
+    "seed": 0,
+    "data.micro_batch_size": 1,
+    "data.global_batch_size": 1,
+    "data.decoder_seq_length": 1,
+    "data.num_workers": 0,
+    "data.verify_images": 0,
+    TENSOR_PARALLEL: 1,
+    "trainer.num_nodes": 1,
+    "trainer.limit_val_batches": 0,
+    "trainer.log_every_n_steps": 1,
+    "optim.max_lr": 0,
+    "optim.min_lr": 0,
+    "optim.warmup_steps": 0,
+    "optim.constant_steps": 0,
+    "optim.weight_decay": 0,
+    "optim.adam_eps": 0,
+    "optim.clip_grad": 0,
+    "peft.dim": 1,
+    "log.ckpt.save_top_k": -1,
+    "log.ckpt.every_n_train_steps": 0,
+    "trainer.callbacks.early_stopping.patience": 1,
+}
+
+
+def minima(facts: Facts) -> Iterator[Problem]:
+    for key, least in MINIMA.items():
+        value = facts[key]
+        if type(value) in (int, float) and value < least:
+            yield Problem(key, str(value), f"at least {least}")
+
+
 # --- parallelism ------------------------------------------------------------------------------------------------------
 
 
@@ -136,12 +168,23 @@ def untested_parallelism(facts: Facts) -> Iterator[Problem]:
             yield Problem(f"strategy.{name}", str(found), "null" if only is None else str(only).lower(), remedy)
 
 
+def unsupported_layers(facts: Facts) -> Iterator[Problem]:
+    """What Megatron's configs offer and MLlama's forward has no code for."""
+    allowed = {
+        "cpu_offloading": ((False,), "false"),
+        "fp8": ((), "null"),
+        "recompute_granularity": (("selective",), "selective or null"),
+    }
+    for part in (TEXT, VISION):
+        for name, (values, expected) in allowed.items():
+            found = facts[f"{part}.{name}"]
+            if found is not None and found not in values:
+                yield Problem(f"{part}.{name}", str(found), expected, "MLlama's forward has no code for it")
+
+
 def tensor_parallel_divides(facts: Facts) -> Iterator[Problem]:
     size = facts[TENSOR_PARALLEL]
-    if type(size) is not int:
-        return
-    if size < 1:
-        yield Problem(TENSOR_PARALLEL, str(size), "at least 1")
+    if type(size) is not int or size < 1:
         return
     split = [
         f"{TEXT}.num_attention_heads",
@@ -154,7 +197,7 @@ def tensor_parallel_divides(facts: Facts) -> Iterator[Problem]:
         f"{VISION}.text_hidden_size",
     ]
     values = {key: facts[key] for key in split}
-    values["the extra embeddings"] = NUM_EXTRA_EMBEDDINGS
+    values["the extra embeddings"] = sizes.NUM_EXTRA_EMBEDDINGS
     broken = [f"{key} {value}" for key, value in values.items() if type(value) is int and value % size]
     if broken:
         yield Problem(TENSOR_PARALLEL, str(size), f"a divisor of {', '.join(broken)}")
@@ -171,6 +214,13 @@ def world_size_fits(facts: Facts) -> Iterator[Problem]:
     if facts.world_size % sizes[0]:
         expected = f"trainer.num_nodes x trainer.devices as a multiple of {TENSOR_PARALLEL} {sizes[0]}"
         yield Problem("trainer.devices", f"{facts.world_size} processes in all", expected)
+
+
+def torchrun_is_one_node(facts: Facts) -> Iterator[Problem]:
+    num_nodes = facts["trainer.num_nodes"]
+    if facts["launch.executor._target_"] == LOCAL_EXECUTOR and type(num_nodes) is int and num_nodes > 1:
+        remedy = "launch=slurm, or launch=local below a torchrun or srun on each node"
+        yield Problem("trainer.num_nodes", str(num_nodes), "1 with launch=torchrun", remedy)
 
 
 def cpu_and_gpu(facts: Facts) -> Iterator[Problem]:
@@ -190,15 +240,7 @@ def cpu_and_gpu(facts: Facts) -> Iterator[Problem]:
 
 def batch_divides(facts: Facts) -> Iterator[Problem]:
     sizes = facts.whole("data.global_batch_size", "data.micro_batch_size")
-    if sizes is None:
-        return
-    too_small = [
-        Problem(f"data.{name}", str(size), "at least 1")
-        for name, size in zip(("global_batch_size", "micro_batch_size"), sizes, strict=True)
-        if size < 1
-    ]
-    yield from too_small
-    if too_small or facts.data_parallel_size is None:
+    if sizes is None or min(sizes) < 1 or facts.data_parallel_size is None:
         return
     share = sizes[1] * facts.data_parallel_size
     if sizes[0] % share:
@@ -352,6 +394,12 @@ def _multiple_of(facts: Facts, multiple: str, unit: str) -> Iterator[Problem]:
     values = facts.whole(multiple, unit)
     if values is not None and (values[1] < 1 or values[0] % values[1]):
         yield Problem(multiple, str(values[0]), f"a multiple of {unit} {values[1]}")
+
+
+def something_is_trained(facts: Facts) -> Iterator[Problem]:
+    names = [f"model.config.freeze_{part}" for part in ("language_model", "vision_model", "vision_projection")]
+    if facts["peft"] is None and all(facts[name] is True for name in names):
+        yield Problem(", ".join(names), "all true", "false for one of them, or peft=lora: else nothing is trained")
 
 
 def lora_targets(facts: Facts) -> Iterator[Problem]:
@@ -532,9 +580,12 @@ def _progress_if_slow(text: str) -> Iterator[Callable[[int, int], None]]:
 
 
 CHECKS: tuple[Callable[[Facts], Iterator[Problem]], ...] = (
+    minima,
     untested_parallelism,
+    unsupported_layers,
     tensor_parallel_divides,
     world_size_fits,
+    torchrun_is_one_node,
     cpu_and_gpu,
     batch_divides,
     steps,
@@ -545,8 +596,12 @@ CHECKS: tuple[Callable[[Facts], Iterator[Problem]], ...] = (
     learning_rate,
     text_sizes,
     vision_sizes,
+    something_is_trained,
     lora_targets,
     processor_fits,
     checkpoint_exists,
     data_files,
 )
+
+CHECKS_OF_FILES = (processor_fits, checkpoint_exists, data_files)
+"""Those of CHECKS that look at more than the config."""

@@ -1,4 +1,6 @@
+import hashlib
 from itertools import islice
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -101,11 +103,24 @@ def test_resume_on_other_data_is_refused(module):
         module.load_state_dict({"consumed_samples": 24, "num_train_samples": 7, "seed": 1})
 
 
+def test_resume_on_as_many_other_samples_is_refused(arguments, tmp_path):
+    from vlmsft.data.preloaded import PreloadedDataModule
+
+    state = PreloadedDataModule(**arguments).state_dict()
+    lines = Path(arguments["train_path"]).read_text().splitlines()
+    (tmp_path / "train.jsonl").write_text("\n".join([*lines[1:], lines[0]]) + "\n")
+    other = PreloadedDataModule(**{**arguments, "train_path": str(tmp_path / "train.jsonl")})
+    with pytest.raises(UserError, match=r"data\.train_sha256"):
+        other.load_state_dict(state)
+
+
 def test_state_counts_the_steps_since_the_start(module, monkeypatch):
     module.trainer = SimpleNamespace(global_step=5)
     module.init_global_step = 2
     monkeypatch.setattr(module.data_sampler, "compute_consumed_samples", lambda steps: 8 * steps)
-    assert module.state_dict() == {"consumed_samples": 24, "num_train_samples": 106, "seed": 3}
+    content = hashlib.sha256(Path(module.train_path).read_bytes()).hexdigest()
+    expected = {"consumed_samples": 24, "num_train_samples": 106, "seed": 3, "train_sha256": content}
+    assert module.state_dict() == expected
     module.setup("fit")
     module.train_dataloader()
     assert module.data_sampler.init_global_step == 5

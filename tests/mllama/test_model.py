@@ -139,25 +139,16 @@ class TestConfig:
         assert model.config.calculate_per_token_loss
 
     def test_what_the_model_cannot_do_is_refused_by_name(self):
-        from vlmsft.errors import UserError
-
-        with pytest.raises(UserError) as refused:
+        with pytest.raises(ValueError) as refused:
             build(pipeline_model_parallel_size=2, context_parallel_size=2, sequence_parallel=True, fp8="hybrid")
-        keys = [problem.where for problem in refused.value.problems]
-        assert keys == [
-            "strategy.pipeline_model_parallel_size",
-            "strategy.context_parallel_size",
-            "strategy.sequence_parallel",
-            "trainer.plugins.fp8",
-        ]
+        names = [problem.split()[0] for problem in str(refused.value).split("; ")]
+        assert names == ["pipeline_model_parallel_size", "context_parallel_size", "sequence_parallel", "fp8"]
 
     def test_sizes_that_dont_fit_are_named_together(self):
-        from vlmsft.errors import UserError
-
-        with pytest.raises(UserError) as refused:
+        with pytest.raises(ValueError) as refused:
             build(vision={"intermediate_layers_indices": [2, 9], "patch_size": 15, "max_num_tiles": 2})
-        keys = [problem.where.rsplit(".", 1)[-1] for problem in refused.value.problems]
-        assert keys == ["vision_chunk_size", "intermediate_layers_indices", "max_num_tiles"]
+        names = [problem.split()[0] for problem in str(refused.value).split("; ")]
+        assert names == ["vision_chunk_size", "intermediate_layers_indices", "max_num_tiles"]
 
     def test_unknown_layers_are_refused(self):
         from vlmsft.errors import UserError

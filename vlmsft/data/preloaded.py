@@ -129,18 +129,25 @@ class PreloadedDataModule(pl.LightningDataModule, io.IOMixin):
         steps = self.trainer.global_step - self.init_global_step if self.trainer else 0
         return {
             "consumed_samples": self.data_sampler.compute_consumed_samples(steps),
+            **self._order_depends_on(),
+        }
+
+    def _order_depends_on(self) -> dict[str, Any]:
+        self.setup()
+        assert self._train is not None
+        return {
             "num_train_samples": self.num_train_samples,
+            "train_sha256": self._train.records.sha256,
             "seed": self.seed,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continues behind the consumed samples. Raises UserError when file or seed would give another order."""
-        now = {"num_train_samples": self.num_train_samples, "seed": self.seed}
+        """Continues behind the consumed samples. Raises UserError when file or seed would give other samples."""
         remedy = "Resume with the same data and seed, or start a new run from the checkpoint's weights"
         problems = [
             Problem(f"data.{key}", f"{value}", f"{state_dict[key]} as in the checkpoint", remedy)
-            for key, value in now.items()
-            if state_dict[key] != value
+            for key, value in self._order_depends_on().items()
+            if key in state_dict and state_dict[key] != value  # checkpoints of earlier versions have no train_sha256
         ]
         if problems:
             raise UserError(problems)

@@ -8,6 +8,8 @@ A record is LLaVA's: {"image": "a.jpg" or ["a.jpg", "b.jpg"] or absent,
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import json
 import mmap
 import os
@@ -106,6 +108,11 @@ class RecordFile:
             return json.loads(line)
         except ValueError as error:
             raise UserError(_broken_json(self.where(index), error, "one whole JSON object on each line")) from None
+
+    @functools.cached_property
+    def sha256(self) -> str:
+        """Of the file's bytes (a second for a few gigabytes)."""
+        return hashlib.sha256(self._map).hexdigest()
 
     def where(self, index: int) -> str:
         """`train.jsonl:12` (line, from 1); for a JSON list `train.json[11]` (record, from 0) and the record's id."""

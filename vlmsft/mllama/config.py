@@ -15,7 +15,6 @@ from nemo.collections.vlm.mllama.model.base import (
     MLlamaModelConfig,
 )
 
-from vlmsft.errors import Problem, UserError
 from vlmsft.mllama import step
 
 # What NeMo's strategy, precision plugin and lazy initialisation set on the top config only
@@ -81,34 +80,17 @@ class VisionConfig(CrossAttentionVisionConfig):
 
         return VisionModel(self, layer_kit(self.layers))
 
-    def problems(self) -> list[Problem]:
+    def problems(self) -> list[str]:
         """Sizes that don't fit each other."""
-        where = "model.config.vision_model_config"
         found = []
         if self.vision_chunk_size % self.patch_size:
-            found.append(
-                Problem(
-                    f"{where}.vision_chunk_size",
-                    str(self.vision_chunk_size),
-                    f"a multiple of patch_size {self.patch_size}",
-                )
-            )
+            found.append(f"vision_chunk_size {self.vision_chunk_size} is no multiple of patch_size {self.patch_size}")
         indices = list(self.intermediate_layers_indices)
         if indices != sorted(set(indices)) or not all(0 <= i < self.num_layers for i in indices):
-            found.append(
-                Problem(
-                    f"{where}.intermediate_layers_indices",
-                    str(indices),
-                    f"increasing numbers from 0 to {self.num_layers - 1} (num_layers - 1)",
-                )
-            )
+            found.append(f"intermediate_layers_indices {indices} don't increase from 0 to {self.num_layers - 1}")
         if self.max_num_tiles != self.vision_max_num_chunks:
             found.append(
-                Problem(
-                    f"{where}.max_num_tiles",
-                    str(self.max_num_tiles),
-                    f"vision_max_num_chunks, {self.vision_max_num_chunks}",
-                )
+                f"max_num_tiles {self.max_num_tiles} is not vision_max_num_chunks {self.vision_max_num_chunks}"
             )
         return found
 
@@ -147,8 +129,8 @@ class MLlamaConfig(MLlamaModelConfig):
     def configure_model(self, tokenizer=None, vp_stage=None):
         """Build the model (an MLlamaBase).
 
-        Raises UserError for what this model doesn't do (pipeline, context and sequence parallelism, fp8, full
-        recompute) and for sizes that don't fit each other.
+        Raises ValueError for what this model doesn't do (pipeline, context and sequence parallelism, fp8, full
+        recompute) and for sizes that don't fit each other; vlmsft.checks names the keys before a run comes this far.
         """
         from vlmsft.mllama.model import MLlamaBase
 
@@ -156,32 +138,23 @@ class MLlamaConfig(MLlamaModelConfig):
         assert text is not None and vision is not None  # NeMo's defaults, which no model can be built from
         problems = self._unsupported() + vision.problems()
         if problems:
-            raise UserError(problems)
+            raise ValueError("; ".join(problems))
         for part in (text, vision):
             part.layers = self.layers
             for name in _FOLLOW_TOP:
                 setattr(part, name, getattr(self, name))
         return MLlamaBase(self, tokenizer)
 
-    def _unsupported(self) -> list[Problem]:
-        checks = [
-            ("strategy.pipeline_model_parallel_size", self.pipeline_model_parallel_size, 1),
-            ("strategy.context_parallel_size", self.context_parallel_size, 1),
-            ("strategy.sequence_parallel", self.sequence_parallel, False),
-            ("trainer.plugins.fp8", self.fp8, None),
-        ]
-        for part in ("language_model_config", "vision_model_config"):
-            config = getattr(self, part)
-            checks += [
-                (f"model.config.{part}.cpu_offloading", config.cpu_offloading, False),
-                (f"model.config.{part}.fp8", config.fp8, None),
-            ]
-        problems = [
-            Problem(where, str(found), str(expected), "MLlama's forward has no code for anything else.")
-            for where, found, expected in checks
-            if found != expected
-        ]
-        for part in ("language_model_config", "vision_model_config"):
-            if getattr(self, part).recompute_granularity == "full":
-                problems.append(Problem(f"model.config.{part}.recompute_granularity", "full", "selective or null"))
-        return problems
+    def _unsupported(self) -> list[str]:
+        wanted = {
+            "pipeline_model_parallel_size": (self.pipeline_model_parallel_size, 1),
+            "context_parallel_size": (self.context_parallel_size, 1),
+            "sequence_parallel": (self.sequence_parallel, False),
+            "fp8": (self.fp8, None),
+        }
+        for name in ("language_model_config", "vision_model_config"):
+            part = getattr(self, name)
+            wanted[f"{name}.cpu_offloading"] = (part.cpu_offloading, False)
+            wanted[f"{name}.fp8"] = (part.fp8, None)
+            wanted[f"{name}.full recompute"] = (part.recompute_granularity == "full", False)
+        return [f"{name} must be {only}, not {found}" for name, (found, only) in wanted.items() if found != only]
