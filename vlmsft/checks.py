@@ -570,6 +570,7 @@ def _progress_if_slow(text: str) -> Iterator[Callable[[int, int], None]]:
             bar = Progress(console=out, transient=True, disable=not out.is_terminal)
             task = bar.add_task(text)
             bar.start()
+        assert task is not None  # made with the bar
         bar.update(task, completed=done, total=total)
 
     try:

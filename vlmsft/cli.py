@@ -18,6 +18,7 @@ from typing import Any
 
 import hydra
 from hydra._internal.utils import get_args_parser
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -172,12 +173,14 @@ def explain(config_name: str, overrides: list[str], error: Exception) -> list[Pr
     """
     parsed, problems = _parse(overrides)
     with hydra.initialize_config_dir(str(root() / "conf"), version_base="1.3"):
-        loader = hydra.core.global_hydra.GlobalHydra.instance().config_loader()
+        loader = GlobalHydra.instance().config_loader()
         groups = [override for override in parsed if _is_group(loader, override)]
         group_problems = [problem for override in groups for problem in _wrong_options(loader, override)]
         problems += group_problems
         usable = (
-            [] if group_problems else [override.input_line for override in groups if not override.is_sweep_override()]
+            []
+            if group_problems
+            else [str(override.input_line) for override in groups if not override.is_sweep_override()]
         )
         try:
             base = hydra.compose(config_name, usable)
@@ -240,14 +243,14 @@ def _wrong_value(config_name: str, usable: list[str], base: DictConfig, loader, 
     key = override.key_or_group
     owner = _behind_interpolations(base, key)
     if owner != key:
-        remedy = f"Write {override.input_line.replace(key, owner, 1)}"
+        remedy = f"Write {str(override.input_line).replace(key, owner, 1)}"
         return [Problem(key, "a key below an interpolation", f"the key that it stands for, {owner}", remedy)]
     if not override.is_add() and not override.is_force_add() and not key_exists(base, key):
         return [_unknown_key(base, loader, override)]
     if override.is_sweep_override():
         return []
     try:
-        hydra.compose(config_name, [*usable, override.input_line])
+        hydra.compose(config_name, [*usable, str(override.input_line)])
     except (CompactHydraException, OmegaConfBaseException) as error:
         return [_as_hydra_said(error, where=key)]
     return []

@@ -525,7 +525,7 @@ class Translator:
         partial = PARTIAL in node and self.child(node, PARTIAL, bool)
         return self._config(node, target, run.Partial if partial else run.Config, {})
 
-    def _config(self, node: DictConfig, target: Callable, kind: type, base: dict[str, Any]) -> Any:
+    def _config(self, node: DictConfig, target: Callable, kind: type, base: dict) -> Any:
         """kind(target, **base, **what stands in node), checked against the signature of `target`."""
         schema, where, before = schema_of(target), path_of(node), len(self.problems)
         positional = self._positional(node, schema)
@@ -553,6 +553,7 @@ class Translator:
             return []
         annotations = [parameter.annotation for parameter in schema.parameters.values()]
         args = node._get_node(ARGS)
+        assert isinstance(args, ListConfig), "a list: an interpolation was followed before"
         annotations += [Any] * len(args)
         return [self.child(args, index, annotations[index]) for index in range(len(args))]
 

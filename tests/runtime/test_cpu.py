@@ -30,7 +30,8 @@ found["active by import"] = torch.cuda.current_device is not cpu.CPU and "lambda
 cpu.activate()
 cpu.activate()
 ones = torch.ones(2, device="cuda", pin_memory=True)
-moved = [ones.cuda(), ones.to("cuda", non_blocking=True), ones.to(device="cuda:1"), torch.zeros_like(ones, device="cuda")]
+moved = [ones.cuda(), ones.to("cuda", non_blocking=True), ones.to(device="cuda:1")]
+moved.append(torch.zeros_like(ones, device="cuda"))
 found["devices"] = sorted({str(tensor.device) for tensor in [ones, *moved]})
 found["type"] = ones.type()
 torch.cuda.manual_seed(7)
