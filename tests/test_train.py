@@ -145,7 +145,7 @@ def test_val_loss_is_the_mean_over_all_answer_tokens(runs, name, file):
 def test_best_checkpoint_is_named_by_the_exact_val_loss(runs):
     val_loss = metrics(runs.of("gb20"))["val_loss"]
     names = [path.name for path in (runs.of("gb20") / "checkpoints").iterdir()]
-    assert all(any(f"val_loss={value:.2f}-" in name for name in names) for value in val_loss), (val_loss, names)
+    assert all(any(f"val_loss={value:.4f}-" in name for name in names) for value in val_loss), (val_loss, names)
 
 
 PARTS = {"tower": "vision_model.vision_encoder.", "projection": "vision_projection.", "text": "language_model."}
