@@ -198,8 +198,10 @@ def overrides_of_this_run() -> list[str]:
 
 def prepare(cfg: DictConfig, recipe: run.Partial, executor: run.Config | None, overrides: list[str]) -> Start:
     """Freezes the config: editing YAML afterwards changes nothing of this run."""
+    from vlmsft.paths import with_absolute_paths
     from vlmsft.runtime.job import Job, is_local
 
+    cfg = with_absolute_paths(cfg)
     return Start(
         job=Job(recipe, cfg.run_dir, cfg.name, cfg.id),
         executor=executor,
