@@ -124,6 +124,7 @@ MINIMA = {
     "data.decoder_seq_length": 1,
     "data.num_workers": 0,
     "data.verify_images": 0,
+    "data.max_skipped_share": 0,
     TENSOR_PARALLEL: 1,
     "trainer.num_nodes": 1,
     "trainer.limit_val_batches": 0,
@@ -491,6 +492,7 @@ def data_files(facts: Facts) -> Iterator[Problem]:
         facts["data.processor"],
         facts["data.decoder_seq_length"],
         facts["data.verify_images"],
+        facts["data.max_skipped_share"] if facts["data.on_error"] == "skip" else None,
     )
     for key, path in facts.record_files.items():
         if not Path(path).is_file():
@@ -511,6 +513,7 @@ class Look(NamedTuple):
     processor: str | None
     decoder_seq_length: int | None
     verify_images: int | None
+    max_skipped_share: float | None  # None as well where no sample is skipped
 
     @property
     def encoder(self) -> SampleEncoder | None:
@@ -526,7 +529,7 @@ class Look(NamedTuple):
 
 def problems_of_file(path: str, look: Look) -> list[Problem]:
     """The first problems of a file of records; looked for once, however many jobs of a multirun use the file."""
-    from vlmsft.data import records
+    from vlmsft.data import records, skips
 
     stat = os.stat(path)
     key = (path, stat.st_size, stat.st_mtime_ns, look)
@@ -542,11 +545,21 @@ def problems_of_file(path: str, look: Look) -> list[Problem]:
                 not_decoded=lambda number: _say_not_decoded(path, number),
                 **options,
             )
+        if look.max_skipped_share is not None:
+            left = skips.not_skippable(found, path, look.max_skipped_share)
+            if len(left) < len(found):
+                _say_skipped(path, [problem for problem in found if problem not in left])
+            found = left
         _checked[key] = records.capped(found)
     return _checked[key]
 
 
 _checked: dict[tuple[str, int, int, Look], list[Problem]] = {}
+
+
+def _say_skipped(path: str, problems: list[Problem]) -> None:
+    text = f"{path}: {len(problems)} problems, whose samples will be skipped; the first: {problems[0]}"
+    console().print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def _say_not_decoded(path: str, number: int) -> None:

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from vlmsft.data.encode import IGNORE, EncodedSample
+from vlmsft.data.skips import SKIPPED_KEY
 
 LENGTH_MULTIPLE = 64  # tensor cores and sequence parallelism want round lengths; few shapes, little padding
 
@@ -25,10 +26,12 @@ def collate(samples: Sequence[EncodedSample], pad_token_id: int) -> dict[str, An
     to a multiple of 64, so it never exceeds decoder_seq_length rounded up likewise. tiles (T, 3, tile, tile) uint8.
     For the host (they steer control flow, and reading them from a GPU would stall it): image_sample, num_tiles,
     aspect_ratio_ids, visible_from, visible_until (I,) int64 and num_truncated_tokens (B,) int64.
+    Where samples were skipped, `skipped` lists them (vlmsft.data.skips); elsewhere the key is absent.
     """
     size = padded_length(max(len(sample.tokens) for sample in samples))
     labels = torch.stack([F.pad(s.labels, (0, size - len(s.labels)), value=IGNORE) for s in samples])
     counts = torch.tensor([len(sample.num_tiles) for sample in samples])
+    skipped = [sample.skipped for sample in samples if sample.skipped is not None]
     return {
         "tokens": torch.stack([F.pad(s.tokens, (0, size - len(s.tokens)), value=pad_token_id) for s in samples]),
         "labels": labels,
@@ -41,4 +44,5 @@ def collate(samples: Sequence[EncodedSample], pad_token_id: int) -> dict[str, An
         "visible_from": torch.cat([sample.visible_from for sample in samples]),
         "visible_until": torch.cat([sample.visible_until for sample in samples]),
         "num_truncated_tokens": torch.tensor([sample.num_truncated_tokens for sample in samples]),
+        **({SKIPPED_KEY: skipped} if skipped else {}),
     }

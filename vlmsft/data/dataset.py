@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 from torch.utils.data import DataLoader, Dataset
 
 from vlmsft.data.collate import collate
 from vlmsft.data.encode import EncodedSample, SampleEncoder, load_image
 from vlmsft.data.records import RecordFile, image_path, named, parse
+from vlmsft.data.skips import skip_of
 from vlmsft.errors import Problem, UserError
 
 
@@ -17,27 +19,37 @@ class ConversationDataset(Dataset):
     """Encoded samples of one file, by index. ~index (negative) is the same sample without loss.
 
     Items are EncodedSample, or the UserError that names file, line and what is wrong: raised in a worker process it
-    would reach the user as a RuntimeError around a traceback. Pickles as its four arguments.
+    would reach the user as a RuntimeError around a traceback. With on_error="skip" a stand-in without loss comes instead,
+    which says what it stands for (vlmsft.data.skips). Pickles as its five arguments.
     """
 
-    def __init__(self, path: str, image_folder: str | None, processor: str, decoder_seq_length: int):
+    def __init__(
+        self,
+        path: str,
+        image_folder: str | None,
+        processor: str,
+        decoder_seq_length: int,
+        on_error: Literal["raise", "skip"] = "raise",
+    ):
         self.records = RecordFile(path)
         self.image_folder = image_folder
         self.encoder = SampleEncoder(processor, decoder_seq_length)
+        self.on_error: Literal["raise", "skip"] = on_error
 
     def __reduce__(self):
         encoder = self.encoder
-        arguments = (str(self.records.path), self.image_folder, encoder.processor_path, encoder.decoder_seq_length)
-        return (ConversationDataset, arguments)
+        limits = (encoder.processor_path, encoder.decoder_seq_length)
+        return (ConversationDataset, (str(self.records.path), self.image_folder, *limits, self.on_error))
 
     def __len__(self) -> int:
         return len(self.records)
 
     def __getitem__(self, index: int) -> EncodedSample | UserError:
+        number = index if index >= 0 else ~index
         try:
-            sample = self.sample(index if index >= 0 else ~index)
+            sample = self.sample(number)
         except UserError as error:
-            return error
+            return error if self.on_error == "raise" else self._stand_in(number, error)
         return sample if index >= 0 else sample.without_loss()
 
     def sample(self, index: int) -> EncodedSample:
@@ -49,6 +61,13 @@ class ConversationDataset(Dataset):
             return self.encoder.encode(conversation.turns, images)
         except UserError as error:
             raise UserError(named(error.problems, self.records.where(index))) from None
+
+    def _stand_in(self, index: int, error: UserError) -> EncodedSample | UserError:
+        skip = skip_of(self.records.where(index), error, str(self.records.path), len(self.records))
+        try:
+            return self.encoder.stand_in(skip)
+        except UserError as broken:  # the processor, without which no sample can be read
+            return broken
 
     def collate(self, items: list[EncodedSample | UserError]) -> dict | FailedBatch:
         problems = [problem for item in items if isinstance(item, UserError) for problem in item.problems]

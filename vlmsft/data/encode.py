@@ -25,6 +25,7 @@ import torch
 from PIL import Image, ImageOps
 
 from vlmsft.data.records import Turn
+from vlmsft.data.skips import Skip
 from vlmsft.errors import Problem, UserError
 
 IGNORE = -100  # label of a token without loss
@@ -43,6 +44,7 @@ class EncodedSample:
     visible_from: torch.Tensor  # (N,) int64, position of the image's token
     visible_until: torch.Tensor  # (N,) int64, one past the last token that sees the image
     num_truncated_tokens: int = 0  # tokens cut off the end to fit decoder_seq_length
+    skipped: Skip | None = None  # what this one stands in for
 
     def without_loss(self) -> EncodedSample:
         """The same sample with nothing to learn: fills up a batch."""
@@ -142,6 +144,22 @@ class SampleEncoder:
             visible_from=torch.tensor(positions, dtype=torch.int64),
             visible_until=torch.tensor(visible_until(positions, length), dtype=torch.int64),
             num_truncated_tokens=num_truncated,
+        )
+
+    def stand_in(self, skip: Skip) -> EncodedSample:
+        """What takes the place of a sample that can't be read: a few tokens without image and without loss."""
+        ids, _ = self._parts.tokenize([Turn("user", ("?",)), Turn("assistant", (".",))])
+        none = torch.zeros(0, dtype=torch.int64)
+        tokens = torch.tensor(ids[: self.decoder_seq_length], dtype=torch.int64)
+        return EncodedSample(
+            tokens=tokens,
+            labels=torch.full_like(tokens, IGNORE),
+            tiles=torch.zeros((0, 3, self._parts.tile_size, self._parts.tile_size), dtype=torch.uint8),
+            num_tiles=none,
+            aspect_ratio_ids=none,
+            visible_from=none,
+            visible_until=none,
+            skipped=skip,
         )
 
     def prompt_ids(self, turns: Sequence[Turn]) -> list[int]:

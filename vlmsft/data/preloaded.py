@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
@@ -12,6 +12,7 @@ from vlmsft.data.dataset import ConversationDataset, UserErrorLoader
 from vlmsft.data.encode import SampleEncoder
 from vlmsft.data.records import capped, find_problems
 from vlmsft.data.sampler import VlmDataSampler
+from vlmsft.data.skips import not_skippable
 from vlmsft.errors import Problem, UserError
 
 
@@ -25,6 +26,8 @@ class PreloadedDataModule(pl.LightningDataModule, io.IOMixin):
     seed: of the order of the samples
     check_files: look through both files for problems before training (seconds for 150k records)
     verify_images: that look decodes the images of a file that names at most so many
+    on_error: what becomes of a sample that can't be read: "raise" stops the run, "skip" names it and goes on
+    max_skipped_share: share of a file's samples that may be skipped; more stop the run
     tokenizer: NeMo's tokenizer, which travels with checkpoints; the processor's if None
     """
 
@@ -44,6 +47,8 @@ class PreloadedDataModule(pl.LightningDataModule, io.IOMixin):
         persistent_workers: bool = True,
         check_files: bool = True,
         verify_images: int = 1000,
+        on_error: Literal["raise", "skip"] = "raise",
+        max_skipped_share: float = 0.001,
         tokenizer: Any = None,
     ):
         super().__init__()
@@ -61,6 +66,8 @@ class PreloadedDataModule(pl.LightningDataModule, io.IOMixin):
         self.persistent_workers = persistent_workers
         self.check_files = check_files
         self.verify_images = verify_images
+        self.on_error: Literal["raise", "skip"] = on_error
+        self.max_skipped_share = max_skipped_share
         self._tokenizer = tokenizer
         self.init_global_step = 0
         self.data_sampler = VlmDataSampler(
@@ -95,6 +102,8 @@ class PreloadedDataModule(pl.LightningDataModule, io.IOMixin):
         problems: list[Problem] = []
         for path in paths:
             found = find_problems(path, self.image_folder, verify_images=self.verify_images, encoder=encoder)
+            if self.on_error == "skip":
+                found = not_skippable(found, path, self.max_skipped_share)
             problems += [problem for problem in found if problem not in problems]
         if problems:
             raise UserError(capped(problems))
@@ -156,7 +165,7 @@ class PreloadedDataModule(pl.LightningDataModule, io.IOMixin):
         self.data_sampler.if_first_step = 1
 
     def _dataset(self, path: str) -> ConversationDataset:
-        return ConversationDataset(path, self.image_folder, self.processor, self.decoder_seq_length)
+        return ConversationDataset(path, self.image_folder, self.processor, self.decoder_seq_length, self.on_error)
 
     def _loader(self, dataset: ConversationDataset | None, mode: str) -> UserErrorLoader:
         assert dataset is not None, "setup() comes first"

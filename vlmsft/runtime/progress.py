@@ -22,13 +22,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from rich.text import Text
 
 from vlmsft.runtime import logging as run_logging
+from vlmsft.runtime.skipped import num_skipped
 
 TRUNCATED_KEY = "num_truncated_tokens"
 WINDOW_SECONDS = 60.0
 
 
 class TrainProgress(ProgressBar):
-    """Step, loss, LR, samples/s, time left, last validation loss and truncated samples, on global rank 0.
+    """Step, loss, LR, samples/s, time left, last validation loss, truncated and skipped samples, on global rank 0.
 
     A truncated sample counts at each visit: once an epoch in training, once a validation; a resumed run starts at 0.
     A step that fp16's loss scaling skipped counts as a step.
@@ -181,6 +182,8 @@ class TrainProgress(ProgressBar):
             details.append(f"val_loss {self._last_val_loss:.4f}")
         if self.num_truncated_samples:
             details.append(f"{self.num_truncated_samples} truncated")
+        if skipped := num_skipped(trainer):
+            details.append(f"{skipped} skipped")
         return details
 
 
