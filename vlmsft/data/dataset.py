@@ -19,8 +19,8 @@ class ConversationDataset(Dataset):
     """Encoded samples of one file, by index. ~index (negative) is the same sample without loss.
 
     Items are EncodedSample, or the UserError that names file, line and what is wrong: raised in a worker process it
-    would reach the user as a RuntimeError around a traceback. With on_error="skip" a stand-in without loss comes instead,
-    which says what it stands for (vlmsft.data.skips). Pickles as its five arguments.
+    would reach the user as a RuntimeError around a traceback. With on_error="skip" a stand-in without loss comes
+    instead, which says what it stands for (vlmsft.data.skips). Pickles as its five arguments.
     """
 
     def __init__(

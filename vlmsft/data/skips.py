@@ -1,4 +1,4 @@
-"""Samples that can't be read and are left out (`data.on_error=skip`): what stands for them, and the file that names them.
+"""Samples that can't be read and are left out (data.on_error=skip): what stands for them, the file that names them.
 
 A skipped sample keeps its place: a stand-in without loss (SampleEncoder.stand_in) is computed instead, so that ranks
 never wait for each other, counts of consumed samples stay exact and a resumed run goes on as the first one would have.
