@@ -252,6 +252,16 @@ def _layers(kind: str, sizes: Sizes) -> list[tuple[int, int]]:
     return [(i + sum(cross <= i for cross in sizes.cross_layers), i) for i in range(sizes.num_layers)]
 
 
+def our_names(sizes: Sizes) -> list[str]:
+    """Names of all our parameters, in the order of `to_ours`."""
+    return [name.format(number) for rule in RULES for _, number in _layers(rule.layers, sizes) for name in rule.ours]
+
+
+def hf_names(sizes: Sizes) -> list[str]:
+    """HF's names of all parameters, in the order of `to_hf`."""
+    return [name.format(number) for rule in RULES for number, _ in _layers(rule.layers, sizes) for name in rule.hf]
+
+
 def to_ours(hf: Mapping[str, Tensor], sizes: Sizes) -> Iterator[tuple[str, Tensor]]:
     """(our name, tensor) of every parameter, read from HF's by name. Raises KeyError for one that `hf` lacks."""
     for rule in RULES:

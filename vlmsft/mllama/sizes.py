@@ -179,7 +179,7 @@ def lora_matrices(text: TextShape, vision: VisionShape) -> dict[str, int]:
     }
     stacks = [
         (f"{decoder}.layers", range(text.num_layers), {**_below("self_attention", self_attention), **mlp}),
-        (f"{decoder}.xattn_layers", _cross_layers(text), {**_below("cross_attention", cross_attention), **mlp}),
+        (f"{decoder}.xattn_layers", cross_layers(text), {**_below("cross_attention", cross_attention), **mlp}),
         (f"{tower}.transformer.layers", range(vision.num_layers), tower_layer),
         (f"{tower}.global_transformer.layers", range(vision.num_global_layers), tower_layer),
     ]
@@ -197,7 +197,7 @@ def _below(parent: str, names: dict[str, int]) -> dict[str, int]:
     return {f"{parent}.{name}": width for name, width in names.items()}
 
 
-def _cross_layers(text: TextShape) -> list[int]:
+def cross_layers(text: TextShape) -> list[int]:
     """Self-attention layers that a cross-attention layer stands before: NeMo's _init_fusion_schedule."""
     number = text.num_cross_attention_layers
     return list(range(text.num_layers))[::-1][:: -(-text.num_layers // number)][:number][::-1] if number else []
