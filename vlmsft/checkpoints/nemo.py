@@ -24,9 +24,8 @@ from typing import IO, Any, cast
 import torch
 import yaml
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemReader, LoadPlan
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
-from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.filesystem import FileSystemReader, _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
     ChunkStorageMetadata,
@@ -36,7 +35,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
-from torch.distributed.checkpoint.planner import LoadItemType, ReadItem
+from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from vlmsft.errors import Problem, UserError
@@ -356,30 +355,15 @@ class _MetadataUnpickler(pickle.Unpickler):
     """Reads the index without importing Megatron, and refuses whatever an index has no business with."""
 
     _MODULES = ("torch.distributed.checkpoint.", "torch.distributed._shard.", "pathlib")
-    _NAMES = {
-        "torch": {
-            "Size",
-            "bfloat16",
-            "float16",
-            "float32",
-            "float64",
-            "uint8",
-            "int8",
-            "int16",
-            "int32",
-            "int64",
-            "bool",
-        }
-        | {"float8_e4m3fn", "float8_e5m2", "strided", "contiguous_format", "preserve_format"},
-        "torch.serialization": {"_get_layout"},
-        "collections": {"OrderedDict", "ChainMap", "defaultdict"},
-        "builtins": {"set", "frozenset", "slice", "dict", "list", "tuple"},
-    }
+    _TORCH = ("Size", "bool", "bfloat16", "float16", "float32", "float64", "uint8", "int8", "int16", "int32", "int64")
+    _LAYOUTS = ("strided", "contiguous_format", "preserve_format", "float8_e4m3fn", "float8_e5m2")
+    _OTHERS = ("torch.serialization._get_layout", "collections.OrderedDict", "collections.defaultdict", "builtins.set")
 
     def find_class(self, module: str, name: str) -> Any:
         if module.startswith("megatron."):
             return _MCoreMetadata if name == "MCoreMetadata" else _Ignored
-        if module.startswith(self._MODULES) or name in self._NAMES.get(module, ()):
+        known = module == "torch" and name in (*self._TORCH, *self._LAYOUTS)
+        if known or module.startswith(self._MODULES) or f"{module}.{name}" in self._OTHERS:
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"it names {module}.{name}")
 
@@ -397,7 +381,7 @@ def read_metadata(file: Path) -> Metadata:
     return metadata
 
 
-class _YamlLoader(yaml.CSafeLoader if hasattr(yaml, "CSafeLoader") else yaml.SafeLoader):
+class _YamlLoader(yaml.SafeLoader):
     """Python tags become None: context/ is read for its numbers, never to run code."""
 
 
@@ -486,7 +470,7 @@ class _Piece:
 
 
 def _pieces(name: str, tensor: Tensor) -> Iterator[_Piece]:
-    """The gate and up halves of a gated MLP are stored apart, so that tensor-parallel ranks find their share of each."""
+    """A gated MLP's gate and up halves are stored apart, so that tensor-parallel ranks find their share of each."""
     key, layer = stored_key(name)
     shape, lead = tuple(tensor.shape), () if layer is None else (layer,)
     parts = tensor.chunk(2) if _GATED_MLP.match(name) else (tensor,)
@@ -526,7 +510,7 @@ class _Files:
             self._number += 1
         name = f"__0_{self._number}.distcp"
         if self._file is None:
-            self._file = open(self._folder / name, "xb")
+            self._file = open(self._folder / name, "xb")  # noqa: SIM115 # _close does
         offset = self._file.tell()
         if isinstance(content, Tensor):
             content = content.detach().contiguous()
