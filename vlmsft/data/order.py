@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from vlmsft.data.blend import blend_counts, next_dataset
 
-def epoch_order(num_samples: int, seed: int, epoch: int) -> np.ndarray:
-    """(num_samples,) int64: the file's records in the order of this epoch, from (seed, epoch) alone."""
-    return np.random.Generator(np.random.PCG64([seed, epoch])).permutation(num_samples)
+
+def epoch_order(num_samples: int, seed: int, epoch: int, dataset: int | None = None) -> np.ndarray:
+    """(num_samples,) int64: the records in the order of this epoch, from (seed, epoch) alone.
+
+    dataset: number of a dataset among several with weights, so that two of one size differ
+    """
+    key = [seed, epoch] if dataset is None else [seed, epoch, dataset]
+    return np.random.Generator(np.random.PCG64(key)).permutation(num_samples)
 
 
 @dataclass(frozen=True)
@@ -67,6 +73,42 @@ class TrainOrder:
                 pending = np.concatenate([pending, epoch_order(self.num_samples, self.seed, epoch)])
             yield from self.share.micro_batches(pending[: self.share.global_batch_size])
             pending = pending[self.share.global_batch_size :]
+
+
+class BlendOrder:
+    """Batch sampler of training on several datasets with weights; otherwise as TrainOrder.
+
+    sizes: samples of each dataset; indices run over all of them, one dataset behind the other
+    weights: whole numbers, each dataset's share of the stream (vlmsft.data.blend.blend_counts)
+
+    Each dataset is an endless stream of its own, one permutation after the other. Which datasets the samples of a
+    global batch come from follows from `weights` and how many samples were before it; inside a global batch they are
+    shuffled, or a regular pattern would give a rank always the same dataset.
+    """
+
+    def __init__(self, sizes: Sequence[int], weights: Sequence[int], seed: int, consumed_samples: int, share: Share):
+        if min(sizes) < 1:
+            raise ValueError("no sample to train on")
+        self.sizes, self.weights, self.seed = list(sizes), list(weights), seed
+        self.consumed_samples, self.share = consumed_samples, share
+
+    def __iter__(self) -> Iterator[list[int]]:
+        counts = blend_counts(self.weights, self.consumed_samples)
+        starts = np.cumsum([0, *self.sizes[:-1]])
+        orders: dict[int, tuple[int, np.ndarray]] = {}
+        position = self.consumed_samples
+        while True:
+            batch = []
+            for _ in range(self.share.global_batch_size):
+                dataset = next_dataset(self.weights, counts)
+                epoch, offset = divmod(counts[dataset], self.sizes[dataset])
+                if orders.get(dataset, (None,))[0] != epoch:
+                    orders[dataset] = epoch, epoch_order(self.sizes[dataset], self.seed, epoch, dataset)
+                batch.append(starts[dataset] + orders[dataset][1][offset])
+                counts[dataset] += 1
+            shuffle = np.random.Generator(np.random.PCG64([self.seed, position, len(self.sizes)]))
+            yield from self.share.micro_batches(shuffle.permutation(np.array(batch)))
+            position += self.share.global_batch_size
 
 
 class EvaluationOrder:

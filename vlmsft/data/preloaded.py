@@ -8,18 +8,20 @@ import lightning.pytorch as pl
 import torch
 from nemo.lightning import io
 
+from vlmsft.data.blend import Samples, Source, joined, label, sources
 from vlmsft.data.dataset import ConversationDataset, UserErrorLoader
 from vlmsft.data.encode import SampleEncoder
-from vlmsft.data.records import capped, find_problems
-from vlmsft.data.sampler import VlmDataSampler
+from vlmsft.data.records import RecordFile, capped, find_problems
+from vlmsft.data.sampler import VlmDataSampler, raise_changes, raise_without_place, resume_sampler
 from vlmsft.data.skips import not_skippable
 from vlmsft.errors import Problem, UserError
 
 
 class PreloadedDataModule(pl.LightningDataModule, io.IOMixin):
-    """Training and validation records, each in a file of their own (formats: vlmsft.data.records).
+    """Training and validation records, each in files of their own (formats: vlmsft.data.records).
 
-    validation_path: None for a run without validation
+    train_path, validation_path: a file, a list of files or a mapping of names (vlmsft.data.blend); validation sets with
+        names are logged one by one as well; validation_path None for a run without validation
     image_folder: image names in records start here; None if they are absolute or no record has an image
     processor: folder or hub id of the transformers processor
     seq_length: vision tokens of an image (NeMo's name); decoder_seq_length: most text tokens of a sample
@@ -33,8 +35,8 @@ class PreloadedDataModule(pl.LightningDataModule, io.IOMixin):
 
     def __init__(
         self,
-        train_path: str,
-        validation_path: str | None,
+        train_path: str | list | dict,
+        validation_path: str | list | dict | None,
         image_folder: str | None,
         processor: str,
         seq_length: int,
@@ -77,8 +79,9 @@ class PreloadedDataModule(pl.LightningDataModule, io.IOMixin):
             micro_batch_size=micro_batch_size,
             global_batch_size=global_batch_size,
         )
-        self._train: ConversationDataset | None = None
-        self._validation: ConversationDataset | None = None
+        self._train: Samples | None = None
+        self._validation: Samples | None = None
+        self._resumed: dict[str, Any] | None = None
 
     @property
     def tokenizer(self) -> Any:
@@ -98,21 +101,29 @@ class PreloadedDataModule(pl.LightningDataModule, io.IOMixin):
         if not self.check_files:
             return
         encoder = SampleEncoder(self.processor, self.decoder_seq_length)
-        paths = [path for path in (self.train_path, self.validation_path) if path is not None]
         problems: list[Problem] = []
-        for path in paths:
-            found = find_problems(path, self.image_folder, verify_images=self.verify_images, encoder=encoder)
+        for source in [*self._train_sources, *self._validation_sources]:
+            path, folder = source.path, source.image_folder
+            found = find_problems(path, folder, verify_images=self.verify_images, encoder=encoder)
             if self.on_error == "skip":
                 found = not_skippable(found, path, self.max_skipped_share)
             problems += [problem for problem in found if problem not in problems]
         if problems:
             raise UserError(capped(problems))
 
+    @property
+    def _train_sources(self) -> list[Source]:
+        return sources(self.train_path, "data.train_path", self.image_folder)
+
+    @property
+    def _validation_sources(self) -> list[Source]:
+        return sources(self.validation_path, "data.validation_path", self.image_folder)
+
     def setup(self, stage: str = "") -> None:
         if self._train is None:
-            self._train = self._dataset(self.train_path)
+            self._train = self._joined(self._train_sources, named=False)
         if self._validation is None and self.validation_path is not None:
-            self._validation = self._dataset(self.validation_path)
+            self._validation = self._joined(self._validation_sources, named=True)
 
     @property
     def num_train_samples(self) -> int:
@@ -123,6 +134,7 @@ class PreloadedDataModule(pl.LightningDataModule, io.IOMixin):
 
     def train_dataloader(self) -> UserErrorLoader:
         # consumed samples = init_consumed_samples + steps since then; NeMo's modules count from here as well
+        raise_without_place(self.trainer, self, self._resumed)
         self.init_global_step = self.trainer.global_step if self.trainer else 0
         self.data_sampler.init_global_step = self.init_global_step
         return self._loader(self._train, "train")
@@ -142,32 +154,28 @@ class PreloadedDataModule(pl.LightningDataModule, io.IOMixin):
         }
 
     def _order_depends_on(self) -> dict[str, Any]:
-        self.setup()
-        assert self._train is not None
+        found = self._train_sources
+        hashes = [RecordFile(source.path).sha256 for source in found]
+        names = [label(source, number) for number, source in enumerate(found)]
+        weighted = found[0].weight is not None
         return {
             "num_train_samples": self.num_train_samples,
-            "train_sha256": self._train.records.sha256,
+            "train_sha256": dict(zip(names, hashes, strict=True)) if len(found) > 1 else hashes[0],
+            "weights": {name: source.weight for name, source in zip(names, found, strict=True)} if weighted else None,
             "seed": self.seed,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continues behind the consumed samples. Raises UserError when file or seed would give other samples."""
-        remedy = "Resume with the same data and seed, or start a new run from the checkpoint's weights"
-        problems = [
-            Problem(f"data.{key}", f"{value}", f"{state_dict[key]} as in the checkpoint", remedy)
-            for key, value in self._order_depends_on().items()
-            if key in state_dict and state_dict[key] != value  # checkpoints of earlier versions have no train_sha256
-        ]
-        if problems:
-            raise UserError(problems)
-        self.data_sampler.init_consumed_samples = state_dict["consumed_samples"]
-        self.data_sampler.prev_consumed_samples = state_dict["consumed_samples"]
-        self.data_sampler.if_first_step = 1
+        """Continues behind the consumed samples. Raises UserError when files, weights or seed would give others."""
+        raise_changes(state_dict, self._order_depends_on())
+        self._resumed = state_dict
+        resume_sampler(self.data_sampler, state_dict["consumed_samples"])
 
-    def _dataset(self, path: str) -> ConversationDataset:
-        return ConversationDataset(path, self.image_folder, self.processor, self.decoder_seq_length, self.on_error)
+    def _joined(self, found: list[Source], *, named: bool) -> Samples:
+        limits = (self.processor, self.decoder_seq_length, self.on_error)
+        return joined([ConversationDataset(s.path, s.image_folder, *limits) for s in found], found, named=named)
 
-    def _loader(self, dataset: ConversationDataset | None, mode: str) -> UserErrorLoader:
+    def _loader(self, dataset: Samples | None, mode: str) -> UserErrorLoader:
         assert dataset is not None, "setup() comes first"
         return UserErrorLoader(
             dataset,
