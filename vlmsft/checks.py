@@ -558,7 +558,7 @@ _checked: dict[tuple[str, int, int, Look], list[Problem]] = {}
 
 
 def _say_skipped(path: str, problems: list[Problem]) -> None:
-    text = f"{path}: {len(problems)} problems, whose samples will be skipped; the first: {problems[0]}"
+    text = f"{path}: {len(problems)} problem(s), whose samples will be skipped; the first: {problems[0]}"
     console().print(text, markup=False, highlight=False, soft_wrap=True)
 
 
