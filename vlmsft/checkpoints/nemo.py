@@ -38,6 +38,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
+from vlmsft.checkpoints.find import UNFINISHED_SUFFIX, is_checkpoint
 from vlmsft.errors import Problem, UserError
 from vlmsft.mllama.hf_mapping import Sizes, our_names
 from vlmsft.mllama.sizes import TextShape, cross_layers
@@ -47,8 +48,6 @@ WEIGHTS, CONTEXT, HF_FILES = "weights", "context", "hf"
 generation_config.json, preprocessor_config.json, the tokenizer."""
 ADAPTER_FILE = "adapter_metadata.json"
 """In `weights/` of a checkpoint that holds adapters only: where its base is."""
-UNFINISHED_SUFFIX = "-unfinished"
-"""NeMo's marker beside a folder that is being written."""
 FILE_BYTES = 4 * 1024**3
 """Size from which `write_weights` begins another file."""
 
@@ -252,7 +251,7 @@ def _check_folder(path: Path) -> None:
     if path.with_name(f"{path.name}{UNFINISHED_SUFFIX}").exists():
         remedy = "The run was killed while it saved; take another checkpoint of it"
         raise UserError(Problem(str(path), "a checkpoint that was never finished", "a complete one", remedy))
-    if not (path / WEIGHTS).is_dir() or not (path / CONTEXT).is_dir():
+    if not is_checkpoint(path):
         found = "no such folder" if not path.is_dir() else "a folder without weights/ and context/"
         raise UserError(Problem(str(path), found, "a NeMo 2.0 checkpoint"))
     for name in ("metadata.json", ".metadata"):  # written last
@@ -385,6 +384,7 @@ class _YamlLoader(yaml.SafeLoader):
     """Python tags become None: context/ is read for its numbers, never to run code."""
 
 
+_YamlLoader.add_constructor("tag:yaml.org,2002:python/tuple", yaml.SafeLoader.construct_yaml_seq)
 _YamlLoader.add_multi_constructor("tag:yaml.org,2002:python/", lambda loader, suffix, node: None)
 
 
