@@ -18,7 +18,7 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -197,14 +197,18 @@ def visible_until(positions: Sequence[int], length: int) -> list[int]:
     return ends[::-1]
 
 
-def load_image(path: str | os.PathLike, where: str = "") -> Image.Image:
+def load_image(source: str | os.PathLike | BinaryIO, where: str = "", name: str | None = None) -> Image.Image:
     """The picture as RGB, turned as its EXIF orientation says (as transformers' load_image does), transparent pixels on
-    white (as its image processor does). Raises UserError with `where` and the path when it can't be read whole."""
+    white (as its image processor does). Raises UserError with `where` and the name when it can't be read whole.
+
+    source: path, or a file that is open for reading
+    name: for the message; the path if None
+    """
     try:
-        with Image.open(path) as file:
+        with Image.open(source) as file:
             return _to_rgb(ImageOps.exif_transpose(file))
     except Exception as error:  # PIL's plugins raise OSError, SyntaxError, ValueError, struct.error, ...
-        found = f"unreadable image {os.fspath(path)} ({type(error).__name__}: {error})"
+        found = f"unreadable image {name or source} ({type(error).__name__}: {error})"
         raise UserError(
             Problem(where, found, "a whole image file that Pillow opens", "Replace the file or drop the record")
         ) from None
