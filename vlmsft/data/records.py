@@ -32,6 +32,17 @@ IMAGE = None  # in Turn.parts: an image stands here
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 
 
+@dataclass(frozen=True)
+class RecordProblem(Problem):
+    """A problem of one record.
+
+    kind: what it is counted as: "broken JSON", "no turns", "image names", "role", "content", "empty text", "no answer",
+        "markers"
+    """
+
+    kind: str = ""
+
+
 class Turn(NamedTuple):  # a tuple and not a dataclass for the sake of files with a million turns
     """One turn: `role` is user, assistant or system, `parts` are strings and IMAGE in the order of reading."""
 
@@ -101,13 +112,16 @@ class RecordFile:
         """The record, parsed. Raises UserError naming file and line when the line isn't JSON."""
         if self._list is not None:
             return self._list[index]
-        start = int(self._offsets[index])
-        end = self._map.find(b"\n", start)
-        line = self._map[start : end if end >= 0 else len(self._map)]
         try:
-            return json.loads(line)
+            return json.loads(self.line(index))
         except ValueError as error:
             raise UserError(_broken_json(self.where(index), error, "one whole JSON object on each line")) from None
+
+    def line(self, index: int) -> bytes:
+        """The text of a JSONL file's record, without the line's end."""
+        start = int(self._offsets[index])
+        end = self._map.find(b"\n", start)
+        return self._map[start : end if end >= 0 else len(self._map)]
 
     @functools.cached_property
     def sha256(self) -> str:
@@ -117,11 +131,20 @@ class RecordFile:
     def where(self, index: int) -> str:
         """`train.jsonl:12` (line, from 1); for a JSON list `train.json[11]` (record, from 0) and the record's id."""
         if self._list is None:
-            line = self._map[: int(self._offsets[index])].count(b"\n") + 1  # counted for errors only
-            return f"{self.path}:{line}"
+            return f"{self.path}:{self._line(index)}"
         record = self._list[index]
         identity = f" (id {record['id']})" if isinstance(record, dict) and "id" in record else ""
         return f"{self.path}[{index}]{identity}"
+
+    def _line(self, index: int) -> int:
+        """Counted for errors only, of which there may be many: at once where no line is blank."""
+        if self._num_lines == len(self):
+            return index + 1
+        return _count_newlines(self._map, int(self._offsets[index])) + 1
+
+    @functools.cached_property
+    def _num_lines(self) -> int:
+        return _count_newlines(self._map, len(self._map)) + (self._map[-1:] != b"\n")
 
     def _load_list(self) -> list:
         try:
@@ -145,6 +168,11 @@ def _record_offsets(text: bytes | mmap.mmap) -> np.ndarray:
     return np.array(offsets, np.int64)
 
 
+def _count_newlines(text: bytes | mmap.mmap, end: int) -> int:
+    block = 1 << 24
+    return sum(text[start : min(start + block, end)].count(b"\n") for start in range(0, end, block))
+
+
 def _missing_file(path: Path) -> Problem:
     beside = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
     expected = "a JSON or JSONL file of records"
@@ -156,7 +184,8 @@ def _missing_file(path: Path) -> Problem:
 def _broken_json(where: str, error: ValueError, expected: str) -> Problem:
     column = getattr(error, "colno", None)
     found = getattr(error, "msg", str(error))
-    return Problem(where, f"broken JSON ({found}{f', column {column}' if column else ''})", expected)
+    broken = f"broken JSON ({found}{f', column {column}' if column else ''})"
+    return RecordProblem(where, broken, expected, kind="broken JSON")
 
 
 def parse(record: Any) -> Conversation:
@@ -169,11 +198,13 @@ def parse(record: Any) -> Conversation:
 
 def _parse(record: Any) -> tuple[list[Problem], Conversation | None]:
     if not isinstance(record, dict):
-        return [Problem("", f"a {type(record).__name__}", "a JSON object with `conversations`")], None
+        expected = "a JSON object with `conversations`"
+        return [RecordProblem("", f"a {type(record).__name__}", expected, kind="no turns")], None
     turns_in = record.get("conversations", record.get("messages"))
     if not isinstance(turns_in, list) or not turns_in:
         keys = ", ".join(record) or "no key"
-        return [Problem("", keys, "a list of turns under `conversations` (or `messages`)")], None
+        expected = "a list of turns under `conversations` (or `messages`)"
+        return [RecordProblem("", keys, expected, kind="no turns")], None
     problems: list[Problem] = []
     names = _image_names(record, problems)
     turns = [_turn(turn, number, names, problems) for number, turn in enumerate(turns_in, 1)]
@@ -189,9 +220,8 @@ def _image_names(record: dict, problems: list[Problem]) -> list[str]:
         return []
     names = [names] if isinstance(names, str) else names
     if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
-        problems.append(
-            Problem("", f"image = {_short(names)}", "a file name, a list of file names or no `image` at all")
-        )
+        expected = "a file name, a list of file names or no `image` at all"
+        problems.append(RecordProblem("", f"image = {_short(names)}", expected, kind="image names"))
         return []
     return list(names)
 
@@ -201,21 +231,15 @@ def _turn(turn: Any, number: int, names: list[str], problems: list[Problem]) -> 
     value = turn.get("value", turn.get("content")) if isinstance(turn, dict) else None
     if not isinstance(role, str) or role not in ROLES:
         hint = nearest(role, ROLES) if isinstance(role, str) else ""
-        problems.append(
-            Problem(f" turn {number}", f"role {_short(role)}", "human, gpt or system (user, assistant)", hint)
-        )
+        expected = "human, gpt or system (user, assistant)"
+        problems.append(RecordProblem(f" turn {number}", f"role {_short(role)}", expected, hint, kind="role"))
         return Turn("user", ("",))
     if isinstance(value, str):
         return Turn.from_text(ROLES[role], value)
     if isinstance(value, list) and (parts := _parts(value, names)) is not None:
         return Turn(ROLES[role], parts)
-    problems.append(
-        Problem(
-            f" turn {number}",
-            f"content {_short(value)}",
-            'text, or a list of {"type": "text"} and {"type": "image"} parts',
-        )
-    )
+    expected = 'text, or a list of {"type": "text"} and {"type": "image"} parts'
+    problems.append(RecordProblem(f" turn {number}", f"content {_short(value)}", expected, kind="content"))
     return Turn(ROLES[role], ("",))
 
 
@@ -239,31 +263,31 @@ def _order_problems(turns: list[Turn]) -> Iterator[Problem]:
     number = 2 if turns[0].role == "system" else 1
     spoken = turns[number - 1 :]
     if all(turn.role != "assistant" for turn in turns):
-        yield Problem("", "no gpt turn", "at least one answer to learn")
+        yield RecordProblem("", "no gpt turn", "at least one answer to learn", kind="no answer")
         return
     for offset, turn in enumerate(spoken):
         expected = "user" if offset % 2 == 0 else "assistant"
         if turn.role != expected:
             remedy = "Turns alternate, human first; one system turn may stand before them"
-            yield Problem(f" turn {number + offset}", f"role {turn.role}", f"role {expected}", remedy)
+            where = f" turn {number + offset}"
+            yield RecordProblem(where, f"role {turn.role}", f"role {expected}", remedy, kind="role")
             return
         if not turn.text.strip() and not turn.num_images:
-            yield Problem(
-                f" turn {number + offset}", "empty text", "an answer" if expected == "assistant" else "a question"
-            )
+            wanted = "an answer" if expected == "assistant" else "a question"
+            yield RecordProblem(f" turn {number + offset}", "empty text", wanted, kind="empty text")
     if spoken[-1].role != "assistant":
-        yield Problem(f" turn {len(turns)}", "a last question without an answer", "a gpt turn at the end")
+        found = "a last question without an answer"
+        yield RecordProblem(f" turn {len(turns)}", found, "a gpt turn at the end", kind="no answer")
 
 
 def _marker_problems(turns: list[Turn], names: list[str]) -> Iterator[Problem]:
     if any(turn.num_images for turn in turns if turn.role != "user"):
-        yield Problem("", "an image part outside a user turn", "images in user turns only")
+        yield RecordProblem("", "an image part outside a user turn", "images in user turns only", kind="markers")
     num_markers = sum(turn.num_images for turn in turns)
     if num_markers != len(names):
         remedy = f"Write {IMAGE_MARKER} into the human turn once for each image: '{IMAGE_MARKER}\\nquestion'"
-        yield Problem(
-            "", f"{num_markers} {IMAGE_MARKER} for {len(names)} image(s)", "as many markers as images", remedy
-        )
+        found = f"{num_markers} {IMAGE_MARKER} for {len(names)} image(s)"
+        yield RecordProblem("", found, "as many markers as images", remedy, kind="markers")
 
 
 def _short(value: Any) -> str:
