@@ -145,10 +145,12 @@ class Generator:
         samplings = [sampling] * len(prompts) if isinstance(sampling, Sampling) else list(sampling)
         raise_problems(prompts, samplings)
         token_ids = [self._encoder.prompt_ids(prompt.turns) for prompt in prompts]
-        rows = [self._row(number, ids, s, on_text) for number, (ids, s) in enumerate(zip(token_ids, samplings, strict=True))]
+        pairs = enumerate(zip(token_ids, samplings, strict=True))
+        rows = [self._row(number, ids, sampling, on_text) for number, (ids, sampling) in pairs]
         cancels = list(cancel) if isinstance(cancel, Sequence) else [cancel] * len(prompts)
+        model: Any = self.loaded.model  # HF's annotations know no inputs of a single model
         with torch.inference_mode():
-            self.loaded.model.generate(
+            model.generate(
                 **self.model_inputs(token_ids, prompts),
                 generation_config=GenerationConfig(
                     max_new_tokens=max(s.max_new_tokens for s in samplings),
@@ -274,7 +276,8 @@ class _PerRow(LogitsProcessor):
 
     def __init__(self, samplings: Sequence[Sampling], encoder: Any, device: torch.device):
         self._image_token, self._stand_in = encoder.image_token_id, encoder.pad_token_id
-        self._rows = [self._processors(sampling, device) for sampling in samplings]
+        # HF's annotations say LongTensor and FloatTensor, which no GPU tensor is
+        self._rows: list[Any] = [self._processors(sampling, device) for sampling in samplings]
 
     @staticmethod
     def _processors(sampling: Sampling, device: torch.device) -> LogitsProcessorList:
@@ -296,8 +299,7 @@ class _PerRow(LogitsProcessor):
         if not any(self._rows):
             return scores
         ids = input_ids.masked_fill(input_ids == self._image_token, self._stand_in)
-        rows = [process(ids[i : i + 1], scores[i : i + 1]) for i, process in enumerate(self._rows)]
-        return torch.cat(rows)
+        return torch.cat([process(ids[i : i + 1], scores[i : i + 1]) for i, process in enumerate(self._rows)])
 
 
 class _GumbelNoise(LogitsProcessor):
@@ -314,9 +316,7 @@ class _GumbelNoise(LogitsProcessor):
 class _Rows(StoppingCriteria):
     """Hands each new token to its row; a row that is finished stays so."""
 
-    def __init__(
-        self, rows: Sequence[_Row], cancels: Sequence[threading.Event | None], on_answer: OnAnswer | None
-    ):
+    def __init__(self, rows: Sequence[_Row], cancels: Sequence[threading.Event | None], on_answer: OnAnswer | None):
         self._rows, self._cancels, self._on_answer = rows, cancels, on_answer
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:

@@ -14,12 +14,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, GenerationConfig, MllamaConfig, MllamaForConditionalGeneration
+from transformers import AutoTokenizer, GenerationConfig, MllamaConfig, MllamaForConditionalGeneration
 from transformers.models.mllama.modeling_mllama import MllamaRotaryEmbedding
 
+from vlmsft.checkpoints.hf_config import SpecialIds, hf_config
+from vlmsft.checkpoints.hf_folder import HFFolder
+from vlmsft.checkpoints.nemo import NemoCheckpoint
 from vlmsft.data.encode import IGNORE, SampleEncoder
 from vlmsft.data.records import Turn
 from vlmsft.errors import Problem, UserError
+from vlmsft.mllama.hf_mapping import to_hf
 from vlmsft.mllama.hf_reference import repair
 
 END_TOKENS = ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>")
@@ -59,7 +63,7 @@ def load_model(
     """The model of `source`: a Hugging Face folder, or a vlmsft checkpoint, run folder or run name; adapters merged.
 
     device: auto (a GPU where there is one), cpu, cuda or cuda:N
-    dtype: auto (as stored), bfloat16, float16 or float32
+    dtype: auto (the stored output layer's), bfloat16, float16 or float32
     processor: folder or hub id; None = the source's own
     Raises UserError where there is no such model, device or processor, or where weights are missing or don't fit.
     """
@@ -120,11 +124,11 @@ def end_token_ids(encoder: SampleEncoder, generation_config: Any) -> frozenset[i
 
 
 def build(
-    config: MllamaConfig, weights: Iterable[tuple[str, Tensor]], device: torch.device, dtype: torch.dtype | None
+    config: MllamaConfig, weights: Iterable[tuple[str, Tensor]], device: torch.device, dtype: torch.dtype
 ) -> MllamaForConditionalGeneration:
-    """The model with `weights` (names in memory), each on `device` before the next is read.
+    """The model with `weights` (names in memory), each on `device` and in `dtype` before the next is read.
 
-    dtype: of all parameters; None = of the output layer as it comes
+    Raises UserError with every weight that is missing, unknown or of another shape.
     """
     with torch.device("meta"):
         model = MllamaForConditionalGeneration(config)
@@ -140,8 +144,6 @@ def build(
     problems += [Problem(name, "no tensor", str(list(parameters[name].shape))) for name in sorted(missing)]
     if problems:
         raise UserError(problems)
-    if dtype is None:
-        model.to(model.lm_head.weight.dtype)
     _fill_buffers(model, device)
     return model
 
@@ -169,14 +171,27 @@ def _check_vocabulary(model: MllamaForConditionalGeneration, encoder: SampleEnco
 
 
 def _from_hf_folder(folder: Path, device: torch.device, dtype: torch.dtype | None) -> MllamaForConditionalGeneration:
-    config = AutoConfig.from_pretrained(folder)
-    if not isinstance(config, MllamaConfig):
-        raise UserError(Problem(str(folder), f"a {config.model_type} model", "an mllama model"))
-    model = MllamaForConditionalGeneration.from_pretrained(folder, torch_dtype=dtype or "auto")
-    return model.to(device)
+    weights = HFFolder(folder)
+    weights.check()
+    config = MllamaConfig.from_dict(weights.config)
+    model = build(config, weights.items(), device, dtype or weights.dtypes["lm_head.weight"])
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    return model
 
 
 def _from_checkpoint(
     source: str, device: torch.device, dtype: torch.dtype | None
 ) -> tuple[Path, MllamaForConditionalGeneration, str]:
-    raise UserError(Problem("checkpoint", source, "a folder with config.json"))
+    from vlmsft.checkpoints.find import resolve_checkpoint
+
+    folder = resolve_checkpoint(source)
+    checkpoint = NemoCheckpoint(folder)
+    from vlmsft.checkpoints.lora import merged
+
+    whole = merged(checkpoint) if checkpoint.is_adapter else checkpoint
+    special = SpecialIds.of_tokenizer(AutoTokenizer.from_pretrained(checkpoint.processor))
+    dtype = dtype or (checkpoint.base or checkpoint).dtype("language_model.output_layer.weight")
+    values = hf_config(checkpoint.model_config, special, str(dtype).removeprefix("torch."), where=str(folder))
+    model = build(MllamaConfig.from_dict(values), to_hf(whole, checkpoint.sizes), device, dtype)
+    return folder, model, checkpoint.processor
