@@ -8,11 +8,13 @@ from vlmsft.errors import nearest
 COMMANDS = {
     "train": "fine-tune a model",
     "plan": "show what train would run, without starting it",
+    "import_ckpt": "make a NeMo checkpoint of a Hugging Face model",
+    "serve": "answer requests at an OpenAI-compatible endpoint",
 }
 
 
 def _usage() -> str:
-    lines = "\n".join(f"  {name:8} {purpose}" for name, purpose in COMMANDS.items())
+    lines = "\n".join(f"  {name:12} {purpose}" for name, purpose in COMMANDS.items())
     return f"usage: vlmsft COMMAND [key=value ...]\n\n{lines}\n\nvlmsft COMMAND --help shows its keys."
 
 
