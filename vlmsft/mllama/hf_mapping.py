@@ -133,7 +133,7 @@ def _split_vision_qkv(sizes: Sizes, tensors: Tensors) -> Tensors:
 
 @dataclass(frozen=True)
 class Rule:
-    """hf names <-> our names; "{}" stands for the layer number (see `_layers` for what `layers` means)."""
+    """hf names <-> our names; "{}" stands for the layer number (see `layer_numbers` for what `layers` means)."""
 
     hf: tuple[str, ...]
     ours: tuple[str, ...]
@@ -235,7 +235,7 @@ def _vision_rules() -> list[Rule]:
 RULES: tuple[Rule, ...] = (*_text_rules(), *_vision_rules())
 
 
-def _layers(kind: str, sizes: Sizes) -> list[tuple[int, int]]:
+def layer_numbers(kind: str, sizes: Sizes) -> list[tuple[int, int]]:
     """(HF's number, our number) of each layer that a rule applies to.
 
     HF counts text layers of both kinds together, a cross-attention layer standing before its self-attention layer; ours
@@ -254,18 +254,18 @@ def _layers(kind: str, sizes: Sizes) -> list[tuple[int, int]]:
 
 def our_names(sizes: Sizes) -> list[str]:
     """Names of all our parameters, in the order of `to_ours`."""
-    return [name.format(number) for rule in RULES for _, number in _layers(rule.layers, sizes) for name in rule.ours]
+    return [name.format(number) for rule in RULES for _, number in layer_numbers(rule.layers, sizes) for name in rule.ours]
 
 
 def hf_names(sizes: Sizes) -> list[str]:
     """HF's names of all parameters, in the order of `to_hf`."""
-    return [name.format(number) for rule in RULES for number, _ in _layers(rule.layers, sizes) for name in rule.hf]
+    return [name.format(number) for rule in RULES for number, _ in layer_numbers(rule.layers, sizes) for name in rule.hf]
 
 
 def to_ours(hf: Mapping[str, Tensor], sizes: Sizes) -> Iterator[tuple[str, Tensor]]:
     """(our name, tensor) of every parameter, read from HF's by name. Raises KeyError for one that `hf` lacks."""
     for rule in RULES:
-        for hf_number, our_number in _layers(rule.layers, sizes):
+        for hf_number, our_number in layer_numbers(rule.layers, sizes):
             tensors = rule.to_ours(sizes, tuple(hf[name.format(hf_number)] for name in rule.hf))
             yield from zip((name.format(our_number) for name in rule.ours), tensors, strict=True)
 
@@ -273,7 +273,7 @@ def to_ours(hf: Mapping[str, Tensor], sizes: Sizes) -> Iterator[tuple[str, Tenso
 def to_hf(ours: Mapping[str, Tensor], sizes: Sizes) -> Iterator[tuple[str, Tensor]]:
     """(HF's name, tensor) of every parameter, read from ours by name. Raises KeyError for one that `ours` lacks."""
     for rule in RULES:
-        for hf_number, our_number in _layers(rule.layers, sizes):
+        for hf_number, our_number in layer_numbers(rule.layers, sizes):
             tensors = rule.to_hf(sizes, tuple(ours[name.format(our_number)] for name in rule.ours))
             yield from zip((name.format(hf_number) for name in rule.hf), tensors, strict=True)
 
