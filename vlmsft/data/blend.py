@@ -50,20 +50,24 @@ class Source:
     image_folder: str | None = None
 
 
-def sources(value: Any, key: str, image_folder: str | None = None) -> list[Source]:
+def sources(value: Any, key: str, image_folder: str | None = None, *, has_image_folders: bool = True) -> list[Source]:
     """The datasets that `value` (a path, a list or a mapping: see above) names, in its order; [] for None.
 
     key: of the config, for messages
     image_folder: of the datasets that name none
+    has_image_folders: False where images lie with the records
     Raises UserError with all that can't be understood.
     """
+    known = ("path", "weight", "image_folder") if has_image_folders else ("path", "weight")
     if value is None:
         return []
     if isinstance(value, str):
         return [Source(key, None, value, image_folder=image_folder)]
     problems: list[Problem] = []
     if isinstance(value, Mapping) and value:
-        found = [_named_source(name, entry, f"{key}.{name}", image_folder, problems) for name, entry in value.items()]
+        found = [
+            _named_source(name, entry, f"{key}.{name}", image_folder, known, problems) for name, entry in value.items()
+        ]
         problems += _weight_problems(found, key)
     elif isinstance(value, Sequence) and value:
         found = [_listed_source(entry, f"{key}[{n}]", image_folder, problems) for n, entry in enumerate(value)]
@@ -80,7 +84,9 @@ def _listed_source(entry: Any, key: str, image_folder: str | None, problems: lis
     return Source(key, None, str(entry), image_folder=image_folder)
 
 
-def _named_source(name: Any, entry: Any, key: str, image_folder: str | None, problems: list[Problem]) -> Source:
+def _named_source(
+    name: Any, entry: Any, key: str, image_folder: str | None, known: Sequence[str], problems: list[Problem]
+) -> Source:
     if not str(name).replace("-", "_").isidentifier():
         problems.append(Problem(key, repr(name), "a name of letters, digits, - and _: it becomes part of a metric's"))
     if isinstance(entry, str):
@@ -88,11 +94,10 @@ def _named_source(name: Any, entry: Any, key: str, image_folder: str | None, pro
     if not isinstance(entry, Mapping) or not isinstance(entry.get("path"), str):
         problems.append(Problem(key, repr(entry), "a path, or a mapping with `path`"))
         return Source(key, str(name), "")
-    known = ("path", "weight", "image_folder")
     for other in entry:
         if other not in known:
             hint = nearest(str(other), known)
-            problems.append(Problem(f"{key}.{other}", repr(entry[other]), "path, weight or image_folder", hint))
+            problems.append(Problem(f"{key}.{other}", repr(entry[other]), " or ".join(known), hint))
     weight = entry.get("weight")
     if weight is not None and not (type(weight) in (int, float) and 0 < weight < math.inf):
         problems.append(Problem(f"{key}.weight", repr(weight), "a positive number, or no weight at all"))

@@ -66,13 +66,17 @@ class ShardFolder:
         if folder is None:
             found = f"no such folder {path}" if not Path(path).is_dir() else f"no {META} in {path}"
             raise UserError(Problem(key, found, "a folder of shards with Energon's metadata", _PREPARE))
-        shard_counts = _read_yaml(folder / META / ".info.yaml", "shard_counts")
-        splits = _read_yaml(folder / META / "split.yaml", "split_parts")
+        shard_counts = _read_yaml(folder / META / ".info.yaml", "shard_counts", dict)
+        splits = _read_yaml(folder / META / "split.yaml", "split_parts", dict)
         if not splits.get(split):
             expected = f"shards in split {split!r} of {folder / META / 'split.yaml'}"
             without = "data.validation_path=null for a run without validation" if split == "val" else ""
             raise UserError(Problem(key, f"none (splits: {', '.join(splits) or 'none'})", expected, without))
-        names = [name for pattern in splits[split] for name in braceexpand.braceexpand(pattern)]
+        excluded = set(_expanded(_read_yaml(folder / META / "split.yaml", "exclude", list)))
+        if samples := [name for name in excluded if "/" in name]:
+            found, remedy = f"exclude: {samples[0]}", "Prepare the dataset without the sample"
+            raise UserError(Problem(str(folder / META / "split.yaml"), found, "names of whole shards", remedy))
+        names = [name for name in _expanded(splits[split]) if name not in excluded]
         if unknown := [name for name in names if name not in shard_counts]:
             hint = nearest(unknown[0], shard_counts)
             where = str(folder / META / "split.yaml")
@@ -124,15 +128,19 @@ def metadata_folder(path: Path) -> Path | None:
     return next((folder for folder in (path, path / SHARDS) if (folder / META / ".info.yaml").is_file()), None)
 
 
-def _read_yaml(path: Path, key: str) -> dict[str, Any]:
+def _expanded(patterns: list[str]) -> list[str]:
+    """Names; "train-{00000..00009}.tar" stands for ten."""
+    return [name for pattern in patterns for name in braceexpand.braceexpand(pattern)]
+
+
+def _read_yaml(path: Path, key: str, kind: type) -> Any:
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        value = content[key]
-    except (OSError, yaml.YAMLError, KeyError, TypeError, UnicodeDecodeError) as error:
+        value = yaml.safe_load(path.read_text(encoding="utf-8")).get(key, kind())
+    except (OSError, yaml.YAMLError, AttributeError, UnicodeDecodeError) as error:
         found = f"unreadable ({type(error).__name__}: {error})"
         raise UserError(Problem(str(path), found, f"a YAML mapping with {key}", _PREPARE)) from None
-    if not isinstance(value, dict):
-        raise UserError(Problem(str(path), f"{key}: {value!r}", "a mapping", _PREPARE))
+    if not isinstance(value, kind):
+        raise UserError(Problem(str(path), f"{key}: {value!r}", f"a {kind.__name__}", _PREPARE))
     return value
 
 

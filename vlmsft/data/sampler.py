@@ -67,14 +67,16 @@ def _train_order(dataset: Any, seed: int, consumed_samples: int, share: Share) -
     return TrainOrder(len(dataset), seed, consumed_samples, share)
 
 
-def raise_changes(old: dict[str, Any], new: dict[str, Any]) -> None:
+def raise_changes(old: dict[str, Any], new: dict[str, Any], names: dict[str, str] | None = None) -> None:
     """Raises UserError where what a stream of samples depends on isn't as it was when its place in it was saved.
 
     old: from the checkpoint; what it lacks (checkpoints of earlier versions) is not compared
+    names: what a key is called in messages, where it isn't the data node's
     """
+    names = names or {}
     remedy = "Resume with the same data and seed, or start a new run from the checkpoint's weights"
     problems = [
-        Problem(f"data.{key}", f"{value}", f"{old[key]} as in the checkpoint", remedy)
+        Problem(names.get(key, f"data.{key}"), f"{value}", f"{old[key]} as in the checkpoint", remedy)
         for key, value in new.items()
         if key in old and old[key] != value
     ]
