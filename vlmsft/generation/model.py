@@ -17,8 +17,10 @@ from torch import Tensor
 from transformers import AutoTokenizer, GenerationConfig, MllamaConfig, MllamaForConditionalGeneration
 from transformers.models.mllama.modeling_mllama import MllamaRotaryEmbedding
 
+from vlmsft.checkpoints.find import resolve_checkpoint
 from vlmsft.checkpoints.hf_config import SpecialIds, hf_config
 from vlmsft.checkpoints.hf_folder import HFFolder
+from vlmsft.checkpoints.lora import merged
 from vlmsft.checkpoints.nemo import NemoCheckpoint
 from vlmsft.data.encode import IGNORE, SampleEncoder
 from vlmsft.data.records import Turn
@@ -69,12 +71,22 @@ def load_model(
     """
     place = resolve_device(device)
     kind = resolve_dtype(dtype)
-    folder = Path(source).expanduser()
-    if (folder / "config.json").is_file():
+    folder = resolve_source(source)
+    if is_hf_folder(folder):
         model, own_processor = _from_hf_folder(folder, place, kind), str(folder)
     else:
-        folder, model, own_processor = _from_checkpoint(str(source), place, kind)
+        model, own_processor = _from_checkpoint(folder, place, kind)
     return wrap(model, processor or own_processor, folder)
+
+
+def resolve_source(source: str | os.PathLike[str]) -> Path:
+    """The Hugging Face folder or the checkpoint folder that `source` stands for. Raises UserError where there is none."""
+    folder = Path(source).expanduser()
+    return folder if is_hf_folder(folder) else resolve_checkpoint(str(folder))
+
+
+def is_hf_folder(folder: Path) -> bool:
+    return (folder / "config.json").is_file()
 
 
 def wrap(model: MllamaForConditionalGeneration, processor: str, source: str | os.PathLike[str]) -> LoadedModel:
@@ -181,17 +193,12 @@ def _from_hf_folder(folder: Path, device: torch.device, dtype: torch.dtype | Non
 
 
 def _from_checkpoint(
-    source: str, device: torch.device, dtype: torch.dtype | None
-) -> tuple[Path, MllamaForConditionalGeneration, str]:
-    from vlmsft.checkpoints.find import resolve_checkpoint
-
-    folder = resolve_checkpoint(source)
+    folder: Path, device: torch.device, dtype: torch.dtype | None
+) -> tuple[MllamaForConditionalGeneration, str]:
     checkpoint = NemoCheckpoint(folder)
-    from vlmsft.checkpoints.lora import merged
-
-    whole = merged(checkpoint) if checkpoint.is_adapter else checkpoint
+    whole = merged(checkpoint)
     special = SpecialIds.of_tokenizer(AutoTokenizer.from_pretrained(checkpoint.processor))
-    dtype = dtype or (checkpoint.base or checkpoint).dtype("language_model.output_layer.weight")
+    dtype = dtype or whole.dtype("language_model.output_layer.weight")
     values = hf_config(checkpoint.model_config, special, str(dtype).removeprefix("torch."), where=str(folder))
     model = build(MllamaConfig.from_dict(values), to_hf(whole, checkpoint.sizes), device, dtype)
-    return folder, model, checkpoint.processor
+    return model, checkpoint.processor

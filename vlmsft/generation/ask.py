@@ -1,0 +1,144 @@
+"""A file of questions through a generator: batches of like length, a bar, every answer on disk as soon as it is there."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+
+from vlmsft.data.records import capped
+from vlmsft.errors import Problem, UserError
+from vlmsft.generation.answers_file import AnswersFile
+from vlmsft.generation.generate import Answer, Generator, Prompt, Sampling
+from vlmsft.generation.questions import Question
+from vlmsft.runtime.logging import console
+
+LINE_SECONDS = 30.0
+"""Between lines where stdout is no terminal."""
+
+
+def ask(
+    generator: Generator,
+    questions: Sequence[Question],
+    sampling: Sampling,
+    answers: AnswersFile,
+    image_folder: str | None,
+    batch_size: int,
+) -> list[Problem]:
+    """Answers all questions into `answers`; gives what is wrong with those that could not be asked.
+
+    The longest go first: what doesn't fit into memory fails at once, and the time left is never too small.
+    """
+    ordered = sorted(questions, key=lambda q: (len(q.images), q.num_characters), reverse=True)
+    failed: list[Problem] = []
+    answers.begin()
+    with _Bar(len(ordered)) as bar:
+        for start in range(0, len(ordered), batch_size):
+            batch = ordered[start : start + batch_size]
+            failed += _ask_batch(generator, batch, sampling, answers, image_folder)
+            bar.advance(len(batch), cut=num_cut(answers), failed=len(failed))
+    answers.finish()
+    return failed
+
+
+def _ask_batch(
+    generator: Generator, batch: Sequence[Question], sampling: Sampling, answers: AnswersFile, image_folder: str | None
+) -> list[Problem]:
+    asked: list[tuple[Question, Prompt]] = []
+    failed: list[Problem] = []
+    for question in batch:
+        try:
+            asked.append((question, question.prompt(image_folder)))
+        except UserError as error:
+            failed += error.problems
+    prompts = [prompt for _, prompt in asked]
+    # a seed for each question: else all rows would draw the same numbers
+    samplings = [replace(sampling, seed=_seed(sampling.seed, question.index)) for question, _ in asked]
+    try:
+        for (question, _), answer in zip(asked, generator.generate(prompts, samplings), strict=True):
+            answers.add(answer_record(question, answer))
+    except torch.OutOfMemoryError:
+        found = f"{len(batch)}, for which the GPU's memory is too small"
+        state = f"{len(answers.answered)} answers are in {answers.path}, and the same command goes on from there"
+        raise UserError(Problem("batch_size", found, "fewer questions at once"), state) from None
+    return failed
+
+
+def _seed(seed: int, index: int) -> int:
+    return (seed * 1_000_003 + index) % 2**63
+
+
+def answer_record(question: Question, answer: Answer) -> dict:
+    """A line of the output."""
+    return {
+        "index": question.index,
+        "id": question.id,
+        "image": list(question.images),
+        "prompt": question.text,
+        "reference": question.reference,
+        "answer": answer.text,
+        "finish_reason": answer.finish_reason,
+        "num_tokens": answer.num_tokens,
+    }
+
+
+def num_cut(answers: AnswersFile) -> int:
+    """Answers that max_new_tokens cut."""
+    return sum(answer["finish_reason"] == "length" for answer in answers.answered.values())
+
+
+def report(answers: AnswersFile, failed: Sequence[Problem], max_new_tokens: int) -> None:
+    """What became of the questions, and each that could not be asked."""
+    out = console()
+    cut = num_cut(answers)
+    text = f"{len(answers.answered)} answers in {answers.path}"
+    if cut:
+        text += f"; {cut} of them cut at max_new_tokens = {max_new_tokens} (finish_reason length)"
+    out.print(text, markup=False, highlight=False)
+    if failed:
+        out.print(f"{len(failed)} questions could not be asked; the same command asks them again:", highlight=False)
+    for problem in capped(list(failed)):
+        out.print(f"  {problem}", markup=False, highlight=False)
+
+
+class _Bar:
+    """A bar in a terminal, a line now and then elsewhere."""
+
+    def __init__(self, total: int):
+        self._total, self._done = total, 0
+        self._last_line = time.monotonic()
+        self._progress: Progress | None = None
+        if console().is_terminal:
+            columns = (
+                SpinnerColumn(),
+                TextColumn("answers"),
+                BarColumn(bar_width=40),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[details]}"),
+            )
+            self._progress = Progress(*columns, console=console())
+            self._task = self._progress.add_task("", total=total, details="")
+
+    def __enter__(self) -> _Bar:
+        if self._progress:
+            self._progress.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._progress:
+            self._progress.stop()
+
+    def advance(self, count: int, cut: int, failed: int) -> None:
+        self._done += count
+        counts = ((cut, "cut"), (failed, "failed"))
+        details = "  ".join(f"{number} {what}" for number, what in counts if number)
+        now = time.monotonic()
+        if self._progress:
+            self._progress.update(self._task, advance=count, details=details)
+        elif now - self._last_line >= LINE_SECONDS:
+            self._last_line = now
+            console().print(f"answers {self._done}/{self._total}  {details}".rstrip(), markup=False, highlight=False)
