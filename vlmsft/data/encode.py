@@ -170,6 +170,10 @@ class SampleEncoder:
         """(tiles (T, 3, tile, tile) uint8, aspect ratio id)."""
         return self._parts.tile(image)
 
+    def canvas(self, width: int, height: int) -> tuple[int, int]:
+        """(rows, columns) of tiles that an image of this size gets."""
+        return self._parts.canvas(width, height)
+
     def _check_truncation(
         self, positions: list[int], labels: torch.Tensor, length: int, num_truncated: int, where: str
     ) -> None:
@@ -330,20 +334,24 @@ class _Loaded:
             expected = "the prompt, the answer and a special token that ends the turn, one after the other"
             raise UserError(Problem("processor", found, expected))
 
+    def canvas(self, width: int, height: int) -> tuple[int, int]:
+        from transformers.models.mllama.image_processing_mllama import get_optimal_tiled_canvas
+
+        canvas_height, canvas_width = get_optimal_tiled_canvas(height, width, self.max_tiles, self.tile_size)
+        return int(canvas_height) // self.tile_size, int(canvas_width) // self.tile_size
+
     def tile(self, image: Image.Image) -> tuple[np.ndarray, int]:
         from transformers.models.mllama.image_processing_mllama import (
             get_all_supported_aspect_ratios,
             get_image_size_fit_to_canvas,
-            get_optimal_tiled_canvas,
             split_to_tiles,
         )
 
         settings = self.processor.image_processor
         size, max_tiles = self.tile_size, self.max_tiles
         image = _to_rgb(image)
-        canvas_height, canvas_width = get_optimal_tiled_canvas(image.height, image.width, max_tiles, size)
-        rows, columns = int(canvas_height) // size, int(canvas_width) // size
-        height, width = get_image_size_fit_to_canvas(image.height, image.width, canvas_height, canvas_width, size)
+        rows, columns = self.canvas(image.width, image.height)
+        height, width = get_image_size_fit_to_canvas(image.height, image.width, rows * size, columns * size, size)
         resized = image.resize((int(width), int(height)), resample=settings.resample)
         canvas = np.zeros((rows * size, columns * size, 3), np.uint8)
         canvas[: int(height), : int(width)] = np.asarray(resized)

@@ -210,7 +210,7 @@ def _parse(record: Any) -> tuple[list[Problem], Conversation | None]:
     turns = [_turn(turn, number, names, problems) for number, turn in enumerate(turns_in, 1)]
     if problems:
         return problems, None
-    problems = [*_order_problems(turns), *_marker_problems(turns, names)]
+    problems = [*_text_problems(turns), *_order_problems(turns), *_marker_problems(turns, names)]
     return problems, Conversation(tuple(turns), tuple(names))
 
 
@@ -257,6 +257,15 @@ def _parts(content: list, names: list[str]) -> tuple[str | None, ...] | None:
         else:
             return None
     return tuple(parts)
+
+
+def _text_problems(turns: list[Turn]) -> Iterator[RecordProblem]:
+    for number, turn in enumerate(turns, 1):
+        try:
+            turn.text.encode()
+        except UnicodeEncodeError:  # JSON may hold half of a surrogate pair; tokenizers don't take it
+            expected = "text that UTF-8 can hold"
+            yield RecordProblem(f" turn {number}", "half of a surrogate pair", expected, kind="content")
 
 
 def _order_problems(turns: list[Turn]) -> Iterator[Problem]:
