@@ -11,6 +11,7 @@ from nemo.collections.vlm.mllama.model.base import MLlamaModel as NeMoMLlamaMode
 from nemo.lightning.megatron_parallel import MaskedTokenLossReduction
 from torch import Tensor, nn
 
+from vlmsft.data.blend import SET_KEY, SET_NAMES_KEY
 from vlmsft.mllama.attention import CrossPlan, plan_cross_attention
 from vlmsft.mllama.config import MLlamaConfig
 from vlmsft.mllama.layers import find_norm_linears, tell_wrapped_norms
@@ -114,29 +115,52 @@ class MLlamaBase(MLlamaBaseModel):
 
 
 class ValidationLoss(MaskedTokenLossReduction):
-    """NeMo's mean loss of a global batch, and how many tokens it is the mean of."""
+    """NeMo's mean loss of a global batch, how many tokens it is the mean of, and both for each named validation set.
+
+    num_tokens: of the last global batch
+    sets: (mean loss, tokens) of it by validation set, where the data has named ones
+    """
 
     def __init__(self):
         super().__init__(validation_step=True)
         self.num_tokens: Tensor | int = 0
+        self.sets: dict[str, tuple[Tensor, Tensor]] = {}
+        self._set_names: tuple[str, ...] = ()
+
+    def forward(self, batch: dict[str, Any], forward_out: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        loss_sum, num_tokens, reduced = super().forward(batch, forward_out)
+        self._set_names = batch.get(SET_NAMES_KEY, ())
+        if self._set_names:
+            mask = batch["loss_mask"].float()
+            of_samples = torch.stack([(forward_out.float() * mask).sum(dim=1), mask.sum(dim=1)], dim=1)
+            of_sets = of_samples.new_zeros(len(self._set_names), 2)
+            numbers = batch[SET_KEY].to(of_sets.device, non_blocking=True)
+            reduced["set_sums"] = of_sets.index_add_(0, numbers, of_samples)
+        return loss_sum, num_tokens, reduced
 
     def reduce(self, losses_reduced_per_micro_batch: list[dict[str, Tensor]]) -> Tensor:
-        """The mean over the global batch, 0 if it has no answer token; num_tokens is set. A collective."""
+        """The mean over the global batch, 0 if it has no answer token; num_tokens and sets are set. A collective."""
         from megatron.core import parallel_state
 
-        pairs = torch.stack([micro_batch["loss_sum_and_ub_size"] for micro_batch in losses_reduced_per_micro_batch])
-        total = pairs.sum(dim=0)
+        pairs = torch.stack([self._pairs(micro_batch) for micro_batch in losses_reduced_per_micro_batch])
+        totals = pairs.sum(dim=0)
         group = parallel_state.get_data_parallel_group(with_context_parallel=True)
         assert isinstance(group, torch.distributed.ProcessGroup)  # every rank is in a data-parallel group
-        torch.distributed.all_reduce(total, group=group)
-        loss_sum, self.num_tokens = total.unbind()
-        return loss_sum / self.num_tokens.clamp(min=1)
+        torch.distributed.all_reduce(totals, group=group)
+        (mean, self.num_tokens), *of_sets = ((loss_sum / tokens.clamp(min=1), tokens) for loss_sum, tokens in totals)
+        self.sets = dict(zip(self._set_names, of_sets, strict=True))
+        return mean
+
+    def _pairs(self, micro_batch: dict[str, Tensor]) -> Tensor:
+        """(1 + validation sets, 2): sum of losses and number of tokens, of all samples and of each set's."""
+        whole = micro_batch["loss_sum_and_ub_size"].view(1, 2)
+        return torch.cat([whole, micro_batch["set_sums"]]) if self._set_names else whole
 
 
 class MLlamaModel(NeMoMLlamaModel):
     """NeMo's MLlamaModel for an MLlamaConfig; forward takes vlmsft's micro batch (see MLlamaBase.forward).
 
-    val_loss is the mean over all answer tokens of the validation set. NeMo logs the mean of each global batch and
+    val_loss is the mean over all answer tokens of all validation sets, val_loss_<name> that of a named set. NeMo logs the mean of each global batch and
     leaves it to Lightning to average these, whatever their tokens: 8 samples at the end count as much as the 20 before,
     and other batch sizes give another val_loss.
     """
@@ -155,4 +179,6 @@ class MLlamaModel(NeMoMLlamaModel):
         """Lightning's, with each val_loss weighted by its tokens (NeMo's strategy logs it and has no place to say)."""
         if name == "val_loss":
             kwargs["batch_size"] = self.validation_loss_reduction.num_tokens
+            for set_name, (loss, num_tokens) in self.validation_loss_reduction.sets.items():
+                super().log(f"val_loss_{set_name}", loss, on_epoch=True, batch_size=num_tokens)
         super().log(name, value, *args, **kwargs)
