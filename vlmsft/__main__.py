@@ -9,6 +9,7 @@ COMMANDS = {
     "train": "fine-tune a model",
     "plan": "show what train would run, without starting it",
     "import_ckpt": "make a NeMo checkpoint of a Hugging Face model",
+    "generate": "a model's answer to a question, or to a file of them",
     "serve": "answer requests at an OpenAI-compatible endpoint",
 }
 

@@ -1,10 +1,14 @@
-"""python -m vlmsft.generate checkpoint=... image=... prompt=...: a model's answer to one question or to a file of them."""
+"""python -m vlmsft.generate checkpoint=... image=... prompt=...: a model's answer to a question or a file of them."""
 
 from __future__ import annotations
 
+import re
 import sys
+import warnings
 from typing import TYPE_CHECKING, Any
 
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig
 
 from vlmsft.cli import command
@@ -14,11 +18,36 @@ from vlmsft.errors import Problem, UserError
 if TYPE_CHECKING:
     from vlmsft.generation.generate import Generator, Sampling
 
+TEXT_KEYS = ("prompt", "image", "input", "output", "image_folder", "checkpoint")
 SAMPLING_KEYS = ("max_new_tokens", "temperature", "top_p", "top_k", "repetition_penalty", "seed")
+
+
+def quote_texts(arguments: list[str]) -> list[str]:
+    """Command line arguments with the values of TEXT_KEYS quoted for Hydra, where its grammar can't read them.
+
+    Unquoted, Hydra takes few characters beside ASCII letters: prompt="何ですか？" would be refused.
+    """
+    return [_quoted(argument) for argument in arguments]
+
+
+def _quoted(argument: str) -> str:
+    key, equals, value = argument.partition("=")
+    if not equals or key not in TEXT_KEYS or (key == "image" and value.startswith("[")):
+        return argument
+    try:
+        OverridesParser.create().parse_override(argument)
+        readable = key != "prompt" or value == "null" or value[:1] in ("'", '"')
+    except (OverrideParseException, HydraException):
+        readable = False
+    if readable:
+        return argument
+    text = re.sub(r"(\\*)(\"|$)", lambda match: match[1] * 2 + match[2].replace('"', '\\"'), value)
+    return f'{key}="{text.replace("${", chr(92) + "${")}"'
 
 
 @command("generate")
 def main(cfg: DictConfig) -> None:
+    warnings.filterwarnings("ignore", "The pynvml package is deprecated", FutureWarning)  # torch's, at import
     problems = problems_of_keys(cfg)
     if problems:
         raise UserError(problems)
@@ -153,4 +182,5 @@ def answers_file(cfg: DictConfig, records: Any):
 
 
 if __name__ == "__main__":
+    sys.argv[1:] = quote_texts(sys.argv[1:])
     main()

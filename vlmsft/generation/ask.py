@@ -1,4 +1,4 @@
-"""A file of questions through a generator: batches of like length, a bar, every answer on disk as soon as it is there."""
+"""A file of questions through a generator: batches of like length, a bar, answers on disk as soon as they are there."""
 
 from __future__ import annotations
 

@@ -80,7 +80,7 @@ def load_model(
 
 
 def resolve_source(source: str | os.PathLike[str]) -> Path:
-    """The Hugging Face folder or the checkpoint folder that `source` stands for. Raises UserError where there is none."""
+    """The Hugging Face or checkpoint folder that `source` stands for. Raises UserError where there is none."""
     folder = Path(source).expanduser()
     return folder if is_hf_folder(folder) else resolve_checkpoint(str(folder))
 

@@ -72,8 +72,7 @@ def _question(index: int, records: RecordFile) -> Question:
         raise UserError(named(error.problems, where)) from None
     reference = record.get("reference", record.get("answer")) if _is_prompt(record) else None
     if turns[-1].role == "assistant":
-        reference = None if turns[-1].text == PLACEHOLDER["value"] else turns[-1].text
-        turns = turns[:-1]
+        turns, reference = turns[:-1], turns[-1].text
     return Question(index, record.get("id", record.get("question_id")), images, turns, reference, where)
 
 
@@ -90,15 +89,15 @@ def _prompt_turns(record: dict) -> tuple[tuple[Turn, ...], tuple[str, ...]]:
     if isinstance(names, list) and IMAGE_MARKER not in text:
         text = IMAGE_MARKER * len(names) + text
     conversation = parse({"image": names, "conversations": [{"from": "human", "value": text}, PLACEHOLDER]})
-    return conversation.turns, conversation.images
+    return conversation.turns[:-1], conversation.images
 
 
 def _conversation_turns(record: Any) -> tuple[tuple[Turn, ...], tuple[str, ...]]:
     for key in ("conversations", "messages"):
         turns = record.get(key) if isinstance(record, dict) else None
         if isinstance(turns, list) and turns and _asks(turns[-1]):
-            record = {**record, key: [*turns, PLACEHOLDER]}
-            break
+            conversation = parse({**record, key: [*turns, PLACEHOLDER]})
+            return conversation.turns[:-1], conversation.images
     conversation = parse(record)
     return conversation.turns, conversation.images
 
