@@ -121,7 +121,7 @@ def register_resolvers() -> None:
         "sample_set": sample_set,
         "absolute_path": absolute_path,
         "folder_of": lambda path: os.path.dirname(path),
-        "last_part_of": lambda path: os.path.basename(path),
+        "last_part_of": lambda path: os.path.basename(path.rstrip("/")),
         "dtype_of": dtype_of,
     }
     for name, function in resolvers.items():
