@@ -49,9 +49,8 @@ def serve(problems: list[Problem], make_endpoint: Callable[[], Endpoint], **engi
     listener = bind(endpoint.host, endpoint.port)
     try:
         if endpoint.dryrun:
-            text = (
-                f"would serve {endpoint.model} as {endpoint.served_model_name!r} at {url_of(endpoint.host, listener)}"
-            )
+            url = url_of(endpoint.host, listener)
+            text = f"would serve {endpoint.model} as {endpoint.served_model_name!r} at {url}"
             console().print(text, markup=False, highlight=False)
             return
         _load_and_run(endpoint, engine, listener)
@@ -147,10 +146,11 @@ def greeting(endpoint: Endpoint, settings: Settings, loaded: LoadedModel, url: s
     name = settings.model_name
     body = {"model": name, "messages": [{"role": "user", "content": "こんにちは"}]}
     key = "" if settings.api_key is None else " -H 'Authorization: Bearer <key>'"
+    dtype = str(loaded.dtype).removeprefix("torch.")
     lines = [
-        f"{name} ({str(loaded.dtype).removeprefix('torch.')} on {loaded.device}, loaded in {seconds:.1f} s) at {url}/v1",
-        f"  {settings.max_num_seqs} requests at once and {settings.max_waiting} waiting, {settings.max_model_len:,} tokens"
-        " each; Ctrl-C stops it",
+        f"{name} ({dtype} on {loaded.device}, loaded in {seconds:.1f} s) at {url}/v1",
+        f"  {settings.max_num_seqs} requests at once and {settings.max_waiting} waiting,"
+        f" {settings.max_model_len:,} tokens each; Ctrl-C stops it",
         f"  curl {url}/v1/chat/completions{key} -H 'Content-Type: application/json'"
         f" -d '{json.dumps(body, ensure_ascii=False)}'",
         f'  openai.OpenAI(base_url="{url}/v1", api_key="{"-" if settings.api_key is None else "<key>"}")'

@@ -15,7 +15,7 @@ from vlmsft.errors import Problem
 class Endpoint:
     """What is served where; conf/serve.yaml has the meanings.
 
-    model: as typed
+    model: `checkpoint` as typed
     api_key: what clients must send; None = nothing
     """
 
@@ -86,8 +86,8 @@ def endpoint_from(values: Mapping[str, Any]) -> Endpoint:
     """Of values without problems."""
     root, variable = values["image_root"], values["api_key_variable"]
     return Endpoint(
-        model=str(values["model"]),
-        served_model_name=values["served_model_name"] or os.path.basename(str(values["model"]).rstrip("/")),
+        model=str(values["checkpoint"]),
+        served_model_name=values["served_model_name"] or os.path.basename(str(values["checkpoint"]).rstrip("/")),
         host=values["host"],
         port=values["port"],
         max_num_seqs=values["max_num_seqs"],

@@ -62,7 +62,7 @@ def show(environment: Environment, arguments: Sequence[str]) -> None:
 
 
 def serve_command(endpoint: Endpoint, program: Path, engine: dict[str, Any]) -> list[str]:
-    """vllm serve with the tutorial's flags (--tensor-parallel-size, --max-num-seqs) and what 0.10.2 needs for this model.
+    """vllm serve with the tutorial's flags (--tensor-parallel-size, --max-num-seqs) and what this model needs.
 
     The API key is not among them: everybody on the machine can read a command.
     """
@@ -96,16 +96,19 @@ def model_problems(model: str) -> list[Problem]:
     folder = Path(model).expanduser()
     if not (folder / "config.json").is_file():
         output = f"exports/{folder.name}"
-        remedy = f"For a vlmsft checkpoint or run: python -m vlmsft.export_ckpt checkpoint={model} output={output}, then model={output}"
+        export = f"python -m vlmsft.export_ckpt checkpoint={model} output={output}"
+        remedy = f"Of a vlmsft checkpoint or run make one: {export}, then checkpoint={output}"
         found = f"{model}, which is no Hugging Face folder"
-        return [Problem("model", found, "a folder with config.json, as export_ckpt writes it, for engine=vllm", remedy)]
+        return [
+            Problem("checkpoint", found, "a folder with config.json, as export_ckpt writes it, for engine=vllm", remedy)
+        ]
     kind = json.loads((folder / "config.json").read_text()).get("model_type")
     if kind != "mllama":
-        return [Problem("model", f"{model} with model_type {kind!r} in its config.json", "'mllama'")]
+        return [Problem("checkpoint", f"{model} with model_type {kind!r} in its config.json", "'mllama'")]
     missing = [name for name in NEEDED_FILES if not (folder / name).is_file()]
     if missing:
         remedy = "export_ckpt writes all of them; for another folder copy them from the base model's"
-        return [Problem("model", f"{model} without {', '.join(missing)}", "the processor's files too", remedy)]
+        return [Problem("checkpoint", f"{model} without {', '.join(missing)}", "the processor's files too", remedy)]
     return []
 
 
