@@ -8,6 +8,7 @@ from vlmsft.errors import nearest
 COMMANDS = {
     "train": "fine-tune a model",
     "plan": "show what train would run, without starting it",
+    "check_data": "read all data once and report what training would refuse or lose",
     "import_ckpt": "make a NeMo checkpoint of a Hugging Face model",
     "generate": "a model's answer to a question, or to a file of them",
     "serve": "answer requests at an OpenAI-compatible endpoint",

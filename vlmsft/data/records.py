@@ -105,6 +105,11 @@ class RecordFile:
     def __reduce__(self):
         return (RecordFile, (self.path,))
 
+    @property
+    def is_list(self) -> bool:
+        """A JSON list, which this process holds in memory."""
+        return self._list is not None
+
     def __len__(self) -> int:
         return len(self._list) if self._list is not None else len(self._offsets)
 
