@@ -160,9 +160,9 @@ class ValidationLoss(MaskedTokenLossReduction):
 class MLlamaModel(NeMoMLlamaModel):
     """NeMo's MLlamaModel for an MLlamaConfig; forward takes vlmsft's micro batch (see MLlamaBase.forward).
 
-    val_loss is the mean over all answer tokens of all validation sets, val_loss_<name> that of a named set. NeMo logs the mean of each global batch and
-    leaves it to Lightning to average these, whatever their tokens: 8 samples at the end count as much as the 20 before,
-    and other batch sizes give another val_loss.
+    val_loss is the mean over all answer tokens of the validation sets, val_loss_<name> that of a set with a name. NeMo
+    logs the mean of each global batch and leaves it to Lightning to average these, whatever their tokens: 8 samples at
+    the end count as much as the 20 before, and other batch sizes give another val_loss.
     """
 
     def forward(self, tokens: Tensor, position_ids: Tensor | None = None, labels: Tensor | None = None, **images):
@@ -180,5 +180,6 @@ class MLlamaModel(NeMoMLlamaModel):
         if name == "val_loss":
             kwargs["batch_size"] = self.validation_loss_reduction.num_tokens
             for set_name, (loss, num_tokens) in self.validation_loss_reduction.sets.items():
-                super().log(f"val_loss_{set_name}", loss, on_epoch=True, batch_size=num_tokens)
+                weighted: Any = {"on_epoch": True, "batch_size": num_tokens}  # a tensor, which Lightning's type denies
+                super().log(f"val_loss_{set_name}", loss, **weighted)
         super().log(name, value, *args, **kwargs)
