@@ -6,6 +6,7 @@ import sys
 from vlmsft.errors import nearest
 
 COMMANDS = {
+    "prepare": "make a data set: fetch, check, split, write JSONL and shards",
     "train": "fine-tune a model",
     "plan": "show what train would run, without starting it",
     "check_data": "read all data once and report what training would refuse or lose",

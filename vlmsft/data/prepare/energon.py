@@ -24,9 +24,16 @@ META = ".nv-meta"
 DATASET = {"__module__": "megatron.energon", "__class__": "CrudeWebdataset", "auto_decode": False}
 
 
-def is_finished(folder: Path) -> bool:
-    """dataset.yaml is written last, and by rename."""
-    return (folder / META / "dataset.yaml").is_file()
+def file_names(num_records: Mapping[str, int]) -> list[str]:
+    """The files of the metadata, as seen from the shards' folder; num_records as in write_metadata."""
+    return [f"{META}/{name}" for name in (".info.yaml", "split.yaml", "dataset.yaml")] + [
+        f"{shard}.idx" for shard in num_records
+    ]
+
+
+def is_finished(folder: Path, num_records: Mapping[str, int]) -> bool:
+    """Whether all files are there; dataset.yaml is written last, and by rename."""
+    return all((folder / name).is_file() for name in file_names(num_records))
 
 
 def write_metadata(folder: Path, num_records: Mapping[str, int], num_workers: int) -> None:

@@ -17,11 +17,11 @@ PARTIAL_SUFFIX = ".partial"
 
 @contextlib.contextmanager
 def written_aside(path: Path) -> Iterator[IO[bytes]]:
-    """An unbuffered file that appears under `path` once it is whole; an error leaves nothing behind."""
+    """A binary file that appears under `path` once it is whole; an error leaves nothing behind."""
     partial = path.with_name(path.name + PARTIAL_SUFFIX)
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with open(partial, "wb", buffering=0) as file:
+        with open(partial, "wb") as file:
             yield file
         os.replace(partial, path)
     except BaseException:

@@ -5,7 +5,7 @@ is a run of members that share a key, NNNNNNNNN.<part>, where NNNNNNNNN is the r
 training.jsonl or validation.jsonl. It isn't the record's own id: LLaVA's ids are the image's, and readers merge records
 that follow each other under one key. Parts, in this order:
 
-    0.jpg, 1.png, ...  the images in the order of their markers: <position>.<suffix of the file's name in lower case, img
+    0.jpg, 1.png, ...  the images in the order of their markers: <position>.<suffix of the name in lower case, img
                        where it has none>; the bytes of the original files, not encoded again; none for text alone
     json               the record's line in the JSONL file, as vlmsft.data.records.parse reads it: {"image": name or
                        [names] or absent, "conversations" (or "messages"): [...]}; the names stand for parts 0., 1., ...
@@ -157,7 +157,7 @@ def _open_records(path: Path) -> RecordFile:
 
 
 class TarWriter:
-    """Appends members to an unbuffered ustar file and hashes its bytes on the way, a few MiB at a time: each call that
+    """Appends members to a ustar file and hashes its bytes on the way, a few MiB at a time: each call that
     releases the GIL costs a wait for it.
 
     hashing: a pool of one thread, where a chunk is hashed while the next one is read

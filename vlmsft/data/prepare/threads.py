@@ -11,7 +11,7 @@ Result = TypeVar("Result")
 
 
 def in_threads(work: Callable[[Item], Result], items: Sequence[Item], num_threads: int) -> Iterator[Result]:
-    """work(item) for each item, in their order. The first error ends it: items under way are finished, others dropped."""
+    """work(item) of each item, in their order. The first error ends it: what is under way is finished, not the rest."""
     pool = ThreadPoolExecutor(num_threads)
     try:
         yield from pool.map(work, items)
