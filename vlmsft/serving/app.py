@@ -24,11 +24,8 @@ from vlmsft.generation.generate import Answer, Prompt, Sampling
 from vlmsft.serving.api_error import AUTHENTICATION, ApiError, internal, invalid
 from vlmsft.serving.images import MIB, ImageLimits, load_images
 from vlmsft.serving.metrics import Metrics
-from vlmsft.serving.scheduler import Generates, Job, Scheduler
+from vlmsft.serving.scheduler import CLIENT_LEFT, Generates, Job, Scheduler
 from vlmsft.serving.schema import ChatRequest, Defaults, parse
-
-CLIENT_LEFT = 499
-"""nginx's number for an answer that nobody waits for any more; HTTP has none."""
 
 T = TypeVar("T")
 
@@ -152,7 +149,6 @@ class ChatServer:
     async def chat(self, request: Request) -> Response:
         with contextlib.ExitStack() as at_the_end:
             record = at_the_end.enter_context(self._record())
-            record.status = 500
             try:
                 at_the_end.enter_context(self.scheduler.admit())
                 response = await self._chat(request, at_the_end)
@@ -161,6 +157,7 @@ class ChatServer:
                 raise
             record.status = response.status_code
             if isinstance(response, EventStream):
+                record.job = response.job
                 response.at_the_end = at_the_end.pop_all()
             return response
 
@@ -170,7 +167,8 @@ class ChatServer:
         try:
             yield record
         finally:
-            self.metrics.requests.labels(str(record.status)).inc()
+            status = record.status if record.job is None else record.job.status
+            self.metrics.requests.labels(str(status)).inc()
             self.metrics.request_seconds.observe(time.monotonic() - start)
 
     async def _chat(self, request: Request, at_the_end: contextlib.ExitStack) -> Response:
@@ -196,7 +194,7 @@ class ChatServer:
             first = await _unless_left(request, job.event())
         except _ClientLeft:
             return Response(status_code=CLIENT_LEFT)
-        return EventStream(reply.chunks(first, chat.include_usage))
+        return EventStream(job, reply.chunks(first, chat.include_usage))
 
     async def _body(self, request: Request) -> bytes:
         limit = self.settings.max_body_bytes
@@ -221,7 +219,10 @@ class ChatServer:
 
 @dataclass
 class _Record:
+    """job: of a stream, whose end says more than the status that was sent before it."""
+
     status: int = 500
+    job: Job | None = None
 
 
 async def _read_body(request: Request, limit: int) -> bytes:
@@ -327,7 +328,8 @@ class EventStream(StreamingResponse):
 
     at_the_end: contextlib.ExitStack
 
-    def __init__(self, events: AsyncIterator[str]):
+    def __init__(self, job: Job, events: AsyncIterator[str]):
+        self.job = job
         super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

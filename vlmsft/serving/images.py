@@ -107,13 +107,16 @@ def _read_file(url: str, limits: ImageLimits) -> bytes:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
     except (OSError, ValueError, RuntimeError):
         raise outside from None
-    with open(descriptor, "rb") as file:
+    try:
         facts = os.fstat(descriptor)
         if not stat.S_ISREG(facts.st_mode):
             raise outside
         if facts.st_size > limits.max_image_bytes:
             raise _too_large(limits)
-        return file.read(limits.max_image_bytes)
+        with open(descriptor, "rb", closefd=False) as file:
+            return file.read(limits.max_image_bytes)
+    finally:
+        os.close(descriptor)
 
 
 async def _fetch(url: str, limits: ImageLimits) -> bytes:

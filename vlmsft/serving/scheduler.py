@@ -22,6 +22,9 @@ from vlmsft.serving.metrics import Metrics
 
 logger = logging.getLogger(__name__)
 
+CLIENT_LEFT = 499
+"""nginx's number for an answer that nobody waits for any more; HTTP has none."""
+
 
 class Generates(Protocol):
     """What vlmsft.generation.generate.Generator does, as far as it is needed here."""
@@ -49,6 +52,7 @@ class Job:
         self.prompt, self.sampling, self.num_prompt_tokens = prompt, sampling, num_prompt_tokens
         self.created = time.monotonic()
         self.has_text = False
+        self.status = CLIENT_LEFT  # as long as it hasn't ended
         self.cancelled = threading.Event()
         self._is_over = False
         self._loop = asyncio.get_running_loop()
@@ -74,7 +78,9 @@ class Job:
         """From any thread; nothing comes after the end or an error."""
         if self._is_over:
             return
-        self._is_over = not isinstance(event, str)
+        if not isinstance(event, str):
+            self._is_over = True
+            self.status = event.status if isinstance(event, ApiError) else 200
         with contextlib.suppress(RuntimeError):  # the loop is closed: the server is gone, and the client with it
             self._loop.call_soon_threadsafe(self._events.put_nowait, event)
 

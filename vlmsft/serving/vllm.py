@@ -99,9 +99,8 @@ def model_problems(model: str) -> list[Problem]:
         export = f"python -m vlmsft.export_ckpt checkpoint={model} output={output}"
         remedy = f"Of a vlmsft checkpoint or run make one: {export}, then checkpoint={output}"
         found = f"{model}, which is no Hugging Face folder"
-        return [
-            Problem("checkpoint", found, "a folder with config.json, as export_ckpt writes it, for engine=vllm", remedy)
-        ]
+        expected = "a folder with config.json, as export_ckpt writes it, for engine=vllm"
+        return [Problem("checkpoint", found, expected, remedy)]
     kind = json.loads((folder / "config.json").read_text()).get("model_type")
     if kind != "mllama":
         return [Problem("checkpoint", f"{model} with model_type {kind!r} in its config.json", "'mllama'")]
@@ -141,10 +140,14 @@ class Environment:
         return [Problem("engine.environment", found, "a folder that doesn't exist yet, or an environment of vlmsft's")]
 
     def steps(self, uv: str) -> list[list[str]]:
-        """The commands that make it."""
-        venv = str(self.folder / "venv")
-        install = [uv, "pip", "install", "--python", f"{venv}/bin/python", *self.packages]
-        return [[uv, "venv", "--clear", "--python", self.python, venv], install]
+        """The commands that make it.
+
+        uv takes constraints from a pyproject.toml of the working directory and above, and vlmsft's own asks for another
+        torch: hence --directory.
+        """
+        venv, start = str(self.folder / "venv"), [uv, "--directory", str(self.folder)]
+        install = [*start, "pip", "install", "--python", f"{venv}/bin/python", *self.packages]
+        return [[*start, "venv", "--clear", "--python", self.python, venv], install]
 
     def make(self) -> None:
         """Makes it anew; a second process waits for the first. Raises UserError where uv is missing or fails."""
