@@ -1,30 +1,17 @@
-"""Several datasets as one: what a user writes to name them, and one index over all their samples.
-
-The plain form, for `data.train_path`, `data.validation_path` and Energon's `data.path`:
-
-    train.jsonl                                    one dataset
-    [a.jsonl, b.jsonl]                             several; each sample once an epoch
-    {chat: a.jsonl, ocr: {path: b.jsonl}}          several with names: validation logs val_loss_chat and val_loss_ocr
-    {chat: {path: a.jsonl, weight: 3}, ocr: {path: b.jsonl, weight: 1, image_folder: scans}}
-
-`weight` is a dataset's share of the samples of each step (here 3 of 4), by all datasets or by none. A weighted dataset
-has epochs of its own: it starts over when all its samples have come by, however far the others are.
-"""
+"""Several datasets as one, with one index over all their samples."""
 
 from __future__ import annotations
 
 import bisect
-import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from fractions import Fraction
+from collections.abc import Sequence
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch.utils.data import Dataset
 
-from vlmsft.errors import Problem, UserError, nearest
+from vlmsft.data.order import whole_weights
+from vlmsft.data.sources import Source
 
 if TYPE_CHECKING:
     from vlmsft.data.dataset import FailedBatch
@@ -32,113 +19,6 @@ if TYPE_CHECKING:
 
 SET_KEY, SET_NAMES_KEY = "validation_set", "validation_set_names"
 """Of a batch, for the host: (B,) int64, each sample's dataset; and the names of all datasets."""
-
-
-@dataclass(frozen=True)
-class Source:
-    """One dataset as the user named it.
-
-    key: of the config, for messages, e.g. data.train_path.chat
-    name: None where the user gave a path only
-    weight: share of each step's samples, relative to the others'; None = by the number of samples
-    """
-
-    key: str
-    name: str | None
-    path: str
-    weight: float | None = None
-    image_folder: str | None = None
-
-
-def sources(value: Any, key: str, image_folder: str | None = None, *, has_image_folders: bool = True) -> list[Source]:
-    """The datasets that `value` (a path, a list or a mapping: see above) names, in its order; [] for None.
-
-    key: of the config, for messages
-    image_folder: of the datasets that name none
-    has_image_folders: False where images lie with the records
-    Raises UserError with all that can't be understood.
-    """
-    known = ("path", "weight", "image_folder") if has_image_folders else ("path", "weight")
-    if value is None:
-        return []
-    if isinstance(value, str):
-        return [Source(key, None, value, image_folder=image_folder)]
-    problems: list[Problem] = []
-    if isinstance(value, Mapping) and value:
-        found = [
-            _named_source(name, entry, f"{key}.{name}", image_folder, known, problems) for name, entry in value.items()
-        ]
-        problems += _weight_problems(found, key)
-    elif isinstance(value, Sequence) and value:
-        found = [_listed_source(entry, f"{key}[{n}]", image_folder, problems) for n, entry in enumerate(value)]
-    else:
-        raise UserError(Problem(key, repr(value), "a path, a list of paths or a mapping of names to paths"))
-    if problems:
-        raise UserError(problems)
-    return found
-
-
-def _listed_source(entry: Any, key: str, image_folder: str | None, problems: list[Problem]) -> Source:
-    if not isinstance(entry, str):
-        problems.append(Problem(key, repr(entry), "a path", "With more than a path, datasets are a mapping by name"))
-    return Source(key, None, str(entry), image_folder=image_folder)
-
-
-def _named_source(
-    name: Any, entry: Any, key: str, image_folder: str | None, known: Sequence[str], problems: list[Problem]
-) -> Source:
-    if not str(name).replace("-", "_").isidentifier():
-        problems.append(Problem(key, repr(name), "a name of letters, digits, - and _: it becomes part of a metric's"))
-    if isinstance(entry, str):
-        return Source(key, str(name), entry, image_folder=image_folder)
-    if not isinstance(entry, Mapping) or not isinstance(entry.get("path"), str):
-        problems.append(Problem(key, repr(entry), "a path, or a mapping with `path`"))
-        return Source(key, str(name), "")
-    for other in entry:
-        if other not in known:
-            hint = nearest(str(other), known)
-            problems.append(Problem(f"{key}.{other}", repr(entry[other]), " or ".join(known), hint))
-    weight = entry.get("weight")
-    if weight is not None and not (type(weight) in (int, float) and 0 < weight < math.inf):
-        problems.append(Problem(f"{key}.weight", repr(weight), "a positive number, or no weight at all"))
-        weight = None
-    return Source(key, str(name), entry["path"], weight, entry.get("image_folder", image_folder))
-
-
-def _weight_problems(found: list[Source], key: str) -> list[Problem]:
-    without = [source.name for source in found if source.weight is None]
-    if not without or len(without) == len(found):
-        return []
-    return [Problem(key, f"no weight for {', '.join(map(str, without))}", "a weight for every dataset, or for none")]
-
-
-def whole_weights(weights: Sequence[float]) -> tuple[int, ...]:
-    """Whole numbers in the same proportion, for arithmetic that is exact: (0.7, 0.3) is (7, 3)."""
-    exact = [Fraction(str(weight)) for weight in weights]
-    scale = math.lcm(*(fraction.denominator for fraction in exact))
-    whole = [int(fraction * scale) for fraction in exact]
-    return tuple(number // math.gcd(*whole) for number in whole)
-
-
-def blend_counts(weights: Sequence[int], num_samples: int) -> list[int]:
-    """How many of the first `num_samples` of a blended stream come from each dataset.
-
-    The k-th sample (from 0) of a dataset with weight w stands at position (k + 1/2) / w, and the stream takes samples
-    by position (Webster's method): a dataset stays within a sample or so of its share, and a longer stream begins with
-    the shorter one, so that it can be cut and continued anywhere.
-    """
-    counts = [(2 * num_samples * weight + sum(weights)) // (2 * sum(weights)) for weight in weights]
-    while sum(counts) > num_samples:
-        last = max(range(len(weights)), key=lambda i: (Fraction(2 * counts[i] - 1, weights[i]), i))
-        counts[last] -= 1
-    while sum(counts) < num_samples:
-        counts[next_dataset(weights, counts)] += 1
-    return counts
-
-
-def next_dataset(weights: Sequence[int], counts: Sequence[int]) -> int:
-    """The dataset that a blended stream takes its next sample from, when it took `counts` so far."""
-    return min(range(len(weights)), key=lambda i: (Fraction(2 * counts[i] + 1, weights[i]), i))
 
 
 class Samples(Protocol):
@@ -210,8 +90,3 @@ def joined(datasets: Sequence[Samples], found: Sequence[Source], *, named: bool)
     names = [source.name for source in found if source.name is not None]
     weights = [source.weight for source in found if source.weight is not None]
     return Blend(datasets, names if named and names else None, weights or None)
-
-
-def label(source: Source, number: int) -> str:
-    """A dataset's name, or its place in the list."""
-    return source.name if source.name is not None else str(number)

@@ -9,12 +9,13 @@ import lightning.pytorch as pl
 import torch
 from nemo.lightning import io
 
-from vlmsft.data.blend import Samples, Source, joined, label, sources
+from vlmsft.data.blend import Samples, joined
 from vlmsft.data.dataset import UserErrorLoader
 from vlmsft.data.encode import SampleEncoder
 from vlmsft.data.energon_shards import ShardDataset, ShardFolder
 from vlmsft.data.energon_stream import StreamOptions, TrainStream
 from vlmsft.data.sampler import VlmDataSampler, raise_changes, raise_without_place, resume_sampler
+from vlmsft.data.sources import Source, label, sources
 from vlmsft.errors import Problem, UserError
 
 
@@ -22,7 +23,7 @@ class EnergonDataModule(pl.LightningDataModule, io.IOMixin):
     """Training from the train split of shard folders, in Energon's order; validation on their val split, in the shards'
     order, complete and the same each time.
 
-    path: a folder (vlmsft.data.energon_shards), a list of folders or a mapping of names (vlmsft.data.blend); a weight
+    path: a folder (vlmsft.data.energon_shards), a list of folders or a mapping of names (vlmsft.data.sources); a weight
         is the probability that a sample is of its dataset
     validation_path: the same for validation, usually the same folders; sets with names are logged one by one as well;
         None for a run without validation

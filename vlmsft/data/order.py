@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 
 import numpy as np
-
-from vlmsft.data.blend import blend_counts, next_dataset
 
 
 def epoch_order(num_samples: int, seed: int, epoch: int, dataset: int | None = None) -> np.ndarray:
@@ -79,7 +79,7 @@ class BlendOrder:
     """Batch sampler of training on several datasets with weights; otherwise as TrainOrder.
 
     sizes: samples of each dataset; indices run over all of them, one dataset behind the other
-    weights: whole numbers, each dataset's share of the stream (vlmsft.data.blend.blend_counts)
+    weights: whole numbers, each dataset's share of the stream (blend_counts)
 
     Each dataset is an endless stream of its own, one permutation after the other. Which datasets the samples of a
     global batch come from follows from `weights` and how many samples were before it; inside a global batch they are
@@ -133,3 +133,32 @@ class EvaluationOrder:
             real = np.arange(start, min(start + size, self.num_samples))
             fill = ~np.resize(real, size - len(real))
             yield from self.share.micro_batches(np.concatenate([real, fill]))
+
+
+def whole_weights(weights: Sequence[float]) -> tuple[int, ...]:
+    """Whole numbers in the same proportion, for arithmetic that is exact: (0.7, 0.3) is (7, 3)."""
+    exact = [Fraction(str(weight)) for weight in weights]
+    scale = math.lcm(*(fraction.denominator for fraction in exact))
+    whole = [int(fraction * scale) for fraction in exact]
+    return tuple(number // math.gcd(*whole) for number in whole)
+
+
+def blend_counts(weights: Sequence[int], num_samples: int) -> list[int]:
+    """How many of the first `num_samples` of a blended stream come from each dataset.
+
+    The k-th sample (from 0) of a dataset with weight w stands at position (k + 1/2) / w, and the stream takes samples
+    by position (Webster's method): a dataset stays within a sample or so of its share, and a longer stream begins with
+    the shorter one, so that it can be cut and continued anywhere.
+    """
+    counts = [(2 * num_samples * weight + sum(weights)) // (2 * sum(weights)) for weight in weights]
+    while sum(counts) > num_samples:
+        last = max(range(len(weights)), key=lambda i: (Fraction(2 * counts[i] - 1, weights[i]), i))
+        counts[last] -= 1
+    while sum(counts) < num_samples:
+        counts[next_dataset(weights, counts)] += 1
+    return counts
+
+
+def next_dataset(weights: Sequence[int], counts: Sequence[int]) -> int:
+    """The dataset that a blended stream takes its next sample from, when it took `counts` so far."""
+    return min(range(len(weights)), key=lambda i: (Fraction(2 * counts[i] + 1, weights[i]), i))

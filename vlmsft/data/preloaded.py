@@ -8,19 +8,20 @@ import lightning.pytorch as pl
 import torch
 from nemo.lightning import io
 
-from vlmsft.data.blend import Samples, Source, joined, label, sources
+from vlmsft.data.blend import Samples, joined
 from vlmsft.data.dataset import ConversationDataset, UserErrorLoader
 from vlmsft.data.encode import SampleEncoder
 from vlmsft.data.records import RecordFile, capped, find_problems
 from vlmsft.data.sampler import VlmDataSampler, raise_changes, raise_without_place, resume_sampler
 from vlmsft.data.skips import not_skippable
+from vlmsft.data.sources import Source, label, sources
 from vlmsft.errors import Problem, UserError
 
 
 class PreloadedDataModule(pl.LightningDataModule, io.IOMixin):
     """Training and validation records, each in files of their own (formats: vlmsft.data.records).
 
-    train_path, validation_path: a file, a list of files or a mapping of names (vlmsft.data.blend); validation sets with
+    train_path, validation_path: a file, a list of files or a mapping of names (vlmsft.data.sources); validation sets with
         names are logged one by one as well; validation_path None for a run without validation
     image_folder: image names in records start here; None if they are absolute or no record has an image
     processor: folder or hub id of the transformers processor
