@@ -45,7 +45,7 @@ def test_same_as_the_module(command, tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(root())}
 
     def output(*start):
-        arguments = [*start, "experiment=demo", "seed=7", "id=x", "--cfg", "job", "--package", "seed"]
+        arguments = [*start, "+arrived=7", "--cfg", "job", "--package", "arrived"]
         return subprocess.run(
             [sys.executable, *arguments], capture_output=True, text=True, cwd=tmp_path, env=environment, check=True
         ).stdout
