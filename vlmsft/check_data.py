@@ -82,15 +82,16 @@ def raise_wrong_values(cfg: DictConfig) -> None:
 
 def data_sets(cfg: DictConfig) -> list[Records | Shards]:
     """What the data group names, opened. Raises UserError with every file and folder that can't be."""
-    from vlmsft.data.blend import sources
     from vlmsft.data.check.sources import Records, shards_of
+    from vlmsft.data.sources import sources
 
     data: Any = OmegaConf.to_container(cfg.data, resolve=True)
     found: list[Records | Shards] = []
     problems: list[Problem] = []
     named = {"training": "path" if "path" in data else "train_path", "validation": "validation_path"}
     for split, key in named.items():
-        for source in sources(data[key], f"data.{key}", data.get("image_folder")):
+        folder = data.get("image_folder")
+        for source in sources(data[key], f"data.{key}", folder, has_image_folders="path" not in data):
             try:
                 if "path" in data:
                     found += [shards for shards in shards_of(source.path) if shards.split == split]

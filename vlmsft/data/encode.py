@@ -14,6 +14,7 @@ MllamaImageProcessor to 2.4e-7. Normalising on the device keeps a batch at a qua
 from __future__ import annotations
 
 import copy
+import functools
 import os
 import re
 from collections.abc import Sequence
@@ -70,7 +71,7 @@ class SampleEncoder:
     @property
     def _parts(self) -> _Loaded:
         if self._loaded is None:
-            self._loaded = _Loaded(self.processor_path)
+            self._loaded = _load(self.processor_path)
         return self._loaded
 
     @property
@@ -224,6 +225,12 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         return image
     rgba = image.convert("RGBA")
     return Image.alpha_composite(Image.new("RGBA", rgba.size, (255, 255, 255)), rgba).convert("RGB")
+
+
+@functools.lru_cache(maxsize=4)
+def _load(path: str) -> _Loaded:
+    """Once a process, however many data sets use it."""
+    return _Loaded(path)
 
 
 class _Loaded:

@@ -66,17 +66,17 @@ class ShardFolder:
         if folder is None:
             found = f"no such folder {path}" if not Path(path).is_dir() else f"no {META} in {path}"
             raise UserError(Problem(key, found, "a folder of shards with Energon's metadata", _PREPARE))
-        shard_counts = _read_yaml(folder / META / ".info.yaml", "shard_counts", dict)
-        splits = _read_yaml(folder / META / "split.yaml", "split_parts", dict)
+        shard_counts = read_yaml(folder / META / ".info.yaml", "shard_counts", dict)
+        splits = read_yaml(folder / META / "split.yaml", "split_parts", dict)
         if not splits.get(split):
             expected = f"shards in split {split!r} of {folder / META / 'split.yaml'}"
             without = "data.validation_path=null for a run without validation" if split == "val" else ""
             raise UserError(Problem(key, f"none (splits: {', '.join(splits) or 'none'})", expected, without))
-        excluded = set(_expanded(_read_yaml(folder / META / "split.yaml", "exclude", list)))
+        excluded = set(expanded(read_yaml(folder / META / "split.yaml", "exclude", list)))
         if samples := [name for name in excluded if "/" in name]:
             found, remedy = f"exclude: {samples[0]}", "Prepare the dataset without the sample"
             raise UserError(Problem(str(folder / META / "split.yaml"), found, "names of whole shards", remedy))
-        names = [name for name in _expanded(splits[split]) if name not in excluded]
+        names = [name for name in expanded(splits[split]) if name not in excluded]
         if unknown := [name for name in names if name not in shard_counts]:
             hint = nearest(unknown[0], shard_counts)
             where = str(folder / META / "split.yaml")
@@ -128,12 +128,13 @@ def metadata_folder(path: Path) -> Path | None:
     return next((folder for folder in (path, path / SHARDS) if (folder / META / ".info.yaml").is_file()), None)
 
 
-def _expanded(patterns: list[str]) -> list[str]:
-    """Names; "train-{00000..00009}.tar" stands for ten."""
+def expanded(patterns: list[str]) -> list[str]:
+    """The names of split.yaml; "train-{00000..00009}.tar" stands for ten."""
     return [name for pattern in patterns for name in braceexpand.braceexpand(pattern)]
 
 
-def _read_yaml(path: Path, key: str, kind: type) -> Any:
+def read_yaml(path: Path, key: str, kind: type) -> Any:
+    """The value of a key, of a type; an empty one where it is absent. Raises UserError."""
     try:
         value = yaml.safe_load(path.read_text(encoding="utf-8")).get(key, kind())
     except (OSError, yaml.YAMLError, AttributeError, UnicodeDecodeError) as error:
@@ -233,8 +234,8 @@ def encode_parts(parts: Mapping[str, bytes] | UserError, encoder: SampleEncoder,
     if isinstance(parts, UserError):
         raise parts
     try:
-        images = _image_parts(parts)
-        conversation = parse(_record(parts, list(images)))
+        images = image_parts(parts)
+        conversation = parse(record_of(parts, list(images)))
         if len(images) != len(conversation.images):
             found = f"{len(images)} image part(s) ({', '.join(images) or 'none'})"
             raise UserError(Problem("", found, f"{len(conversation.images)}, one for each image of the record"))
@@ -273,14 +274,15 @@ def collate_items(items: list[EncodedSample | UserError], encoder: SampleEncoder
     return collate([item for item in items if isinstance(item, EncodedSample)], encoder.pad_token_id)
 
 
-def _image_parts(parts: Mapping[str, bytes]) -> dict[str, bytes]:
+def image_parts(parts: Mapping[str, bytes]) -> dict[str, bytes]:
     """The image parts: those that begin with a number in its order, others in the shard's."""
     matches = {name: match for name in parts if (match := _IMAGE_PART.match(name))}
     ordered = sorted(matches, key=lambda name: int(matches[name][1] or 0))
     return {name: parts[name] for name in ordered}
 
 
-def _record(parts: Mapping[str, bytes], image_names: list[str]) -> Any:
+def record_of(parts: Mapping[str, bytes], image_names: list[str]) -> Any:
+    """The record that the parts hold. Raises UserError where there is none."""
     if RECORD_PART not in parts:
         raise UserError(Problem("", f"parts {', '.join(parts)}", f"a part {RECORD_PART} with the record"))
     try:

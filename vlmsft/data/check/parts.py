@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import heapq
-import json
 import re
 from collections import Counter
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ from vlmsft.data.check.pictures import Picture, look, thumbnail
 from vlmsft.data.check.sources import SAMPLES_OF_SHARD, samples_of
 from vlmsft.data.check.statistics import SIZE_STEP, Statistics
 from vlmsft.data.encode import IGNORE, SampleEncoder
+from vlmsft.data.energon_shards import RECORD_PART, image_parts, record_of
 from vlmsft.data.records import Conversation, RecordFile, RecordProblem, image_path, parse
 from vlmsft.errors import UserError
 
@@ -217,15 +217,16 @@ class Reader:
     def _read_sample(self, part: Part, where: str, place: int, members: list[tuple[str, bytes]]) -> None:
         part.statistics.num_records += 1
         parts = dict(members)
-        images = [data for name, data in sorted(parts.items(), key=_position) if name != "json"]
+        names = image_parts(parts)
+        images = list(names.values())
         first = images[0] if images else None
         if len(parts) < len(members):
             part.findings.append(Finding("merged", where, f"parts {', '.join(name for name, _ in members)}", first))
-        if "json" not in parts:
+        if RECORD_PART not in parts:
             part.findings.append(Finding("missing part", where, f"parts {', '.join(parts)}", first))
             return
         try:
-            record = _json(parts["json"])
+            record = record_of(parts, list(names))
             conversation = parse(record)
         except UserError as error:
             _add_problems(part, error, where, first)
@@ -238,19 +239,6 @@ class Reader:
             if self.settings.images != "none":
                 self._add_image(part, data, name, where, "")
         self._add_text(part, conversation, lambda: where, first)
-
-
-def _json(data: bytes) -> Any:
-    try:
-        return json.loads(data)
-    except ValueError as error:
-        found = f"broken JSON ({error})"
-        raise UserError(RecordProblem("", found, "one whole JSON object", kind="broken JSON")) from None
-
-
-def _position(item: tuple[str, bytes]) -> tuple[int, str]:
-    first = item[0].partition(".")[0]
-    return (int(first) if first.isdecimal() else 0, item[0])
 
 
 class _Thumbnails:
@@ -271,7 +259,7 @@ def _small(image: str | bytes | None) -> bytes | None:
 
 def _add_problems(part: Part, error: UserError, where: str, image: bytes | None) -> None:
     for problem in error.problems:
-        kind = problem.kind if isinstance(problem, RecordProblem) else "content"
+        kind = problem.kind if isinstance(problem, RecordProblem) else "broken JSON"  # of a shard
         turn = problem.where.removeprefix(where)
         part.findings.append(Finding(kind, f"{where}{turn}", _said(problem), image))
 

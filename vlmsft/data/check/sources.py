@@ -8,12 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from vlmsft.data.energon_shards import META, expanded, metadata_folder, read_yaml
 from vlmsft.data.records import RecordFile, image_path
 from vlmsft.errors import Problem, UserError
 
-META = Path(".nv-meta")
 SPLITS = {"training": "train", "validation": "val"}
 """Ours, and Energon's names of them."""
 
@@ -58,20 +56,20 @@ SAMPLES_OF_SHARD = 1 << 32
 """A shard's sample has the number shard * SAMPLES_OF_SHARD + its place in the shard."""
 
 
-def shards_of(folder: str) -> list[Shards]:
-    """Training and validation shards of a folder. Raises UserError where it has no metadata."""
-    meta = Path(folder) / META
-    try:
-        splits = yaml.safe_load((meta / "split.yaml").read_text(encoding="utf-8"))["split_parts"]
-        counts = yaml.safe_load((meta / ".info.yaml").read_text(encoding="utf-8"))["shard_counts"]
-    except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
-        found = f"no metadata of Energon ({type(error).__name__}: {error})"
-        remedy = "python -m vlmsft.prepare writes shards and metadata"
-        raise UserError(Problem(folder, found, f"shards with {META}/split.yaml and .info.yaml", remedy)) from None
-    found = [
-        Shards(split, folder, {name: counts.get(name, 0) for name in splits.get(theirs) or []})
-        for split, theirs in SPLITS.items()
-    ]
+def shards_of(path: str) -> list[Shards]:
+    """Training and validation shards of a folder, whatever state they are in. Raises UserError where it has no
+    metadata."""
+    folder = metadata_folder(Path(path))
+    if folder is None:
+        remedy = "vlmsft prepare writes shards and metadata"
+        raise UserError(Problem(path, f"no {META}", "a folder of shards with Energon's metadata", remedy))
+    counts = read_yaml(folder / META / ".info.yaml", "shard_counts", dict)
+    splits = read_yaml(folder / META / "split.yaml", "split_parts", dict)
+    excluded = set(expanded(read_yaml(folder / META / "split.yaml", "exclude", list)))
+    found = []
+    for split, theirs in SPLITS.items():
+        names = [name for name in expanded(splits.get(theirs) or []) if name not in excluded]
+        found.append(Shards(split, str(folder), {name: counts.get(name, 0) for name in names}))
     return [shards for shards in found if shards.counts]
 
 
@@ -85,15 +83,14 @@ def samples_of(path: str) -> Iterator[tuple[str, list[tuple[str, bytes]]]]:
         for member in tar:
             if not member.isfile():
                 continue
-            content: Any = tar.extractfile(member)
             new_key, _, part = Path(member.name).name.partition(".")
             new_key = str(Path(member.name).with_name(new_key))
-            data = content.read()
             if new_key != key and parts:
                 yield key, parts
                 parts = []
+            content: Any = tar.extractfile(member)  # may raise: after the sample before it
             key = new_key
-            parts.append((part, data))
+            parts.append((part, content.read()))
         if parts:
             yield key, parts
         if Path(path).stat().st_size < tar.offset + tarfile.BLOCKSIZE:
