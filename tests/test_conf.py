@@ -56,7 +56,8 @@ def test_command_of_header_composes(path, name, arguments):
 def test_a_command_of_the_header_chooses_its_file(path):
     """Else the test above would pass with a file that nobody can read."""
     chosen = [compose_command(name, arguments, with_hydra=True) for name, arguments in commands_in(path.read_text())]
-    assert path.stem in [str(cfg.hydra.runtime.choices[path.parent.name]) for cfg in chosen]
+    group = path.parent.name if path.parent.parent.name != "experiment" else f"experiment/{path.parent.name}@data"
+    assert path.stem in [str(cfg.hydra.runtime.choices[group]) for cfg in chosen if group in cfg.hydra.runtime.choices]
 
 
 def test_tutorial_values():

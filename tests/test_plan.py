@@ -10,9 +10,9 @@ import pytest
 import torch
 from config_cases import DATA, compose
 
-from vlmsft.checks import shapes
+from vlmsft.checks import Facts, shapes
 from vlmsft.mllama.sizes import GIB, lora_hits, lora_matrices, parameter_counts
-from vlmsft.plan import can_be_counted, facts, num_records, written_out
+from vlmsft.plan import can_be_counted, facts, num_samples, written_out
 from vlmsft.plan import memory as plan_memory
 from vlmsft.runtime import summary
 
@@ -80,8 +80,11 @@ def test_lora_and_frozen_parts():
 def test_demo():
     plan = facts(compose("experiment=demo"))
     assert plan.memory_gib_per_gpu is None and plan.device == "the CPU", "an estimate for GPUs says nothing here"
-    assert plan.num_train_samples == num_records(compose("experiment=demo").data.train_path) > 24
-    assert num_records("/nowhere") is None and num_records(None) is None
+    assert plan.num_train_samples == 106
+    for unreadable in ("data.train_path=/nowhere", "data.train_path=null", "data.train_path=[/nowhere]"):
+        assert num_samples(Facts(compose("experiment=demo", unreadable), None)) is None
+    train_path = compose("experiment=demo").data.train_path
+    assert num_samples(Facts(compose("experiment=demo", f"data.train_path=[{train_path},{train_path}]"), None)) == 212
 
 
 class Model:

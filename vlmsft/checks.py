@@ -13,7 +13,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -22,9 +22,10 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from rich.progress import Progress
 
+from vlmsft.data.sources import Source, sources
 from vlmsft.errors import Problem, UserError, nearest
 from vlmsft.mllama import sizes
-from vlmsft.paths import is_local, with_absolute_paths
+from vlmsft.paths import DATASETS, is_local, with_absolute_paths
 from vlmsft.runtime.logging import console, rank_from_environment
 
 if TYPE_CHECKING:
@@ -99,10 +100,30 @@ class Facts:
         return self["data.validation_path"] is not None and self["trainer.limit_val_batches"] not in (0, 0.0)
 
     @property
-    def record_files(self) -> dict[str, str]:
-        """The files of records by key."""
-        files = {key: self[key] for key in ("data.train_path", "data.validation_path")}
-        return {key: path for key, path in files.items() if isinstance(path, str)}
+    def names_training_data(self) -> bool:
+        return self["data.train_path"] is not None or self["data.path"] is not None
+
+    @property
+    def reads_shards(self) -> bool:
+        """Whether the data are folders of shards (`data.path`) and not files of records."""
+        return "path" in (self["data"] or {})
+
+    def sources(self, *keys: str) -> list[Source]:
+        """The datasets that are named under `keys`. Raises UserError where one can't be understood."""
+        folder = self["data.image_folder"]
+        values = {key: self[key] for key in keys}
+        plain = {key: OmegaConf.to_object(v) if isinstance(v, DictConfig) else v for key, v in values.items()}
+        images = not self.reads_shards
+        return [s for key, v in plain.items() for s in sources(v, key, folder, has_image_folders=images)]
+
+    @property
+    def datasets(self) -> list[Source]:
+        """All that are named in a form that can be understood; datasets_are_named has the others."""
+        found = []
+        for key in DATASETS:
+            with suppress(UserError):
+                found += self.sources(key)
+        return found
 
     @property
     def reads_files(self) -> bool:
@@ -125,6 +146,9 @@ MINIMA = {
     "data.num_workers": 0,
     "data.verify_images": 0,
     "data.max_skipped_share": 0,
+    "data.shuffle_buffer_size": 0,
+    "data.max_samples_per_sequence": 1,
+    "data.parallel_shard_iters": 1,
     TENSOR_PARALLEL: 1,
     "trainer.num_nodes": 1,
     "trainer.limit_val_batches": 0,
@@ -286,7 +310,7 @@ def validation_batches(facts: Facts) -> Iterator[Problem]:
 
 
 def validation_is_needed(facts: Facts) -> Iterator[Problem]:
-    if facts.validates or facts["data.train_path"] is None:
+    if facts.validates or not facts.names_training_data:
         return
     monitor = facts["log.ckpt.monitor"]
     if isinstance(monitor, str) and monitor.startswith("val"):
@@ -303,7 +327,7 @@ def checkpoints_are_saved(facts: Facts) -> Iterator[Problem]:
     To go on with the best save_top_k, a continued run reads the monitor's values out of the checkpoints' names.
     """
     monitor, filename = facts["log.ckpt.monitor"], facts["log.ckpt.filename"]
-    if facts["log.ckpt"] is None or facts["data.train_path"] is None:
+    if facts["log.ckpt"] is None or not facts.names_training_data:
         return
     example = "val_loss" if facts.validates else "reduced_train_loss"
     if facts["log.ckpt.save_top_k"] != -1:
@@ -348,6 +372,14 @@ def learning_rate(facts: Facts) -> Iterator[Problem]:
     if counts is not None and counts[0] + counts[1] >= counts[2] > 0:
         expected = f"less than trainer.max_steps {counts[2]}"
         yield Problem("optim.warmup_steps", f"{counts[0]} and optim.constant_steps {counts[1]}", expected)
+
+
+def datasets_are_named(facts: Facts) -> Iterator[Problem]:
+    for key in DATASETS:
+        try:
+            facts.sources(key)
+        except UserError as error:
+            yield from error.problems
 
 
 # --- sizes ------------------------------------------------------------------------------------------------------------
@@ -445,7 +477,7 @@ def processor_fits(facts: Facts) -> Iterator[Problem]:
     if is_local(processor) and not Path(processor).is_dir():
         yield Problem("processor", repr(processor), "a folder, or the id of a repository on the Hugging Face hub")
         return
-    if not is_local(processor) and not any(Path(path).is_file() for path in facts.record_files.values()):
+    if not is_local(processor) and not any(Path(source.path).exists() for source in facts.datasets):
         return  # nothing is downloaded for a configuration that has no data here
     encoder, problems = load_processor(processor)
     yield from problems
@@ -484,26 +516,48 @@ def checkpoint_exists(facts: Facts) -> Iterator[Problem]:
 
 def data_files(facts: Facts) -> Iterator[Problem]:
     """What vlmsft.data finds in the files, on the first process of a run only: the others would repeat it."""
-    if not facts.reads_files:
+    if not facts.reads_files or facts.reads_shards:
         return
     folder_problems = set()
-    look = Look(
-        facts["data.image_folder"],
-        facts["data.processor"],
-        facts["data.decoder_seq_length"],
-        facts["data.verify_images"],
-        facts["data.max_skipped_share"] if facts["data.on_error"] == "skip" else None,
-    )
-    for key, path in facts.record_files.items():
-        if not Path(path).is_file():
-            yield Problem(key, repr(path), "a JSON or JSONL file of records")
+    max_skipped = facts["data.max_skipped_share"] if facts["data.on_error"] == "skip" else None
+    limits = (facts["data.processor"], facts["data.decoder_seq_length"], facts["data.verify_images"], max_skipped)
+    for source in facts.datasets:
+        if not Path(source.path).is_file():
+            yield Problem(source.key, repr(source.path), "a JSON or JSONL file of records")
             continue
-        for problem in problems_of_file(path, look):
-            if problem.where != look.image_folder:
+        for problem in problems_of_file(source.path, Look(source.image_folder, *limits)):
+            if problem.where != source.image_folder:
                 yield problem
             elif problem not in folder_problems:  # it isn't there for both files
                 folder_problems.add(problem)
-                yield replace(problem, where="data.image_folder", found=f"no folder {look.image_folder!r}")
+                is_shared = source.image_folder == facts["data.image_folder"]
+                key = "data.image_folder" if is_shared else f"{source.key}.image_folder"
+                yield replace(problem, where=key, found=f"no folder {source.image_folder!r}")
+
+
+def data_shards(facts: Facts) -> Iterator[Problem]:
+    """Folders of shards: metadata, missing and cut shards, and a sample for each worker; the shards aren't read.
+
+    Imports torch, as data_files does.
+    """
+    if not facts.reads_files or not facts.reads_shards:
+        return
+    from vlmsft.data.energon_shards import ShardFolder
+
+    sizes = facts.whole("data.num_workers")
+    for split, key in (("train", "data.path"), ("val", "data.validation_path")):
+        for source in (source for source in facts.datasets if source.key.startswith(key)):
+            try:
+                num_samples = len(ShardFolder.open(source.path, split, source.key))
+            except UserError as error:
+                yield from error.problems
+                continue
+            if split == "train" and sizes is not None and facts.data_parallel_size is not None:
+                workers = max(1, sizes[0]) * facts.data_parallel_size
+                if num_samples < workers:
+                    expected = f"at least {workers}, one for each loader process of all ranks"
+                    remedy = "Fewer data.num_workers, or more samples"
+                    yield Problem(source.key, f"{num_samples} training samples", expected, remedy)
 
 
 class Look(NamedTuple):
@@ -608,6 +662,7 @@ CHECKS: tuple[Callable[[Facts], Iterator[Problem]], ...] = (
     checkpoints_are_saved,
     saving_fits_peft,
     learning_rate,
+    datasets_are_named,
     text_sizes,
     vision_sizes,
     something_is_trained,
@@ -615,7 +670,8 @@ CHECKS: tuple[Callable[[Facts], Iterator[Problem]], ...] = (
     processor_fits,
     checkpoint_exists,
     data_files,
+    data_shards,
 )
 
-CHECKS_OF_FILES = (processor_fits, checkpoint_exists, data_files)
+CHECKS_OF_FILES = (processor_fits, checkpoint_exists, data_files, data_shards)
 """Those of CHECKS that look at more than the config."""

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from vlmsft.config_files import absolute_path
 
-PATHS = ("restore_from", "processor", "data.processor", "data.train_path", "data.validation_path", "data.image_folder")
+DATASETS = ("data.train_path", "data.validation_path", "data.path")
+"""Keys that name datasets, in one of the forms of vlmsft.data.sources."""
+PATHS = ("restore_from", "processor", "data.processor", "data.image_folder", *DATASETS)
 """Keys of the files and folders that a user names. An interpolation to one of them follows it."""
 
 
@@ -26,12 +29,23 @@ def with_absolute_paths(cfg: DictConfig) -> DictConfig:
             value = OmegaConf.select(cfg, key, throw_on_missing=True)
         except OmegaConfBaseException:
             continue  # not set: named where it is needed
-        is_hub_id = key.endswith("processor") and isinstance(value, str) and not is_local(value)
-        if isinstance(value, str) and value and "://" not in value and not is_hub_id:
-            absolute = absolute_path(value)
-            if absolute != value:
-                OmegaConf.update(cfg, key, absolute)
+        if key.endswith("processor") and isinstance(value, str) and not is_local(value):
+            continue  # a hub id
+        absolute = _absolute(value)
+        if absolute != value:
+            OmegaConf.update(cfg, key, absolute, merge=False)
     return cfg
+
+
+def _absolute(value: Any) -> Any:
+    """A path, or a list or mapping that holds paths (and weights), with these absolute."""
+    if isinstance(value, (DictConfig, ListConfig)):
+        value = OmegaConf.to_container(value, resolve=True)
+    if isinstance(value, str):
+        return absolute_path(value) if value and "://" not in value else value
+    if isinstance(value, list):
+        return [_absolute(item) for item in value]
+    return {key: _absolute(item) for key, item in value.items()} if isinstance(value, dict) else value
 
 
 def is_local(processor: str) -> bool:

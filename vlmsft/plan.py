@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
@@ -20,6 +20,9 @@ from vlmsft.mllama.sizes import (
     parameter_counts,
     tokens_per_step,
 )
+
+if TYPE_CHECKING:
+    from vlmsft.checks import Facts
 
 
 @command("train")
@@ -100,7 +103,7 @@ def facts(cfg: DictConfig) -> Any:
             global_batch_size=values["data.global_batch_size"],
             text_tokens=values["data.decoder_seq_length"],
         ),
-        num_train_samples=num_records(values["data.train_path"]),
+        num_train_samples=num_samples(values),
         max_steps=values["trainer.max_steps"],
         val_check_interval=values["trainer.val_check_interval"],
         memory_gib_per_gpu=None if on_cpu else memory(cfg, text, vision, values.data_parallel_size).peak / GIB,
@@ -152,14 +155,19 @@ def memory(cfg: DictConfig, text: TextShape, vision: VisionShape, data_parallel_
     )
 
 
-def num_records(path: Any) -> int | None:
-    """Records of a JSON or JSONL file; None where it can't be read."""
+def num_samples(facts: Facts) -> int | None:
+    """Training samples of the datasets that the config names; None where one can't be read."""
+    from vlmsft.data.energon_shards import ShardFolder
     from vlmsft.data.records import RecordFile
 
     try:
-        return len(RecordFile(path)) if isinstance(path, str) else None
+        if facts.reads_shards:
+            sizes = [len(ShardFolder.open(source.path, "train")) for source in facts.sources("data.path")]
+        else:
+            sizes = [len(RecordFile(source.path)) for source in facts.sources("data.train_path")]
     except UserError:
         return None
+    return sum(sizes) if sizes else None
 
 
 if __name__ == "__main__":

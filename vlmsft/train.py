@@ -34,6 +34,7 @@ class Start:
     executor: None = this machine, without NeMo-Run's launchers where one process is enough
     is_submitted: the executor hands the job over and doesn't wait for its end
     num_processes: on each node
+    image_folders: of each file or folder of data
     """
 
     job: Job
@@ -43,8 +44,7 @@ class Start:
     num_processes: int
     config_yaml: str
     overrides: list[str]
-    data_files: list[str]
-    image_folder: str | None
+    image_folders: dict[str, str | None]
 
 
 _multirun: list[Start] = []
@@ -198,6 +198,7 @@ def overrides_of_this_run() -> list[str]:
 
 def prepare(cfg: DictConfig, recipe: run.Partial, executor: run.Config | None, overrides: list[str]) -> Start:
     """Freezes the config: editing YAML afterwards changes nothing of this run."""
+    from vlmsft.checks import Facts
     from vlmsft.paths import with_absolute_paths
     from vlmsft.runtime.job import Job, is_local
 
@@ -210,8 +211,7 @@ def prepare(cfg: DictConfig, recipe: run.Partial, executor: run.Config | None, o
         num_processes=num_processes(cfg.trainer.devices, cfg.trainer.accelerator),
         config_yaml=OmegaConf.to_yaml(cfg, resolve=True),
         overrides=overrides,
-        data_files=[path for path in (cfg.data.train_path, cfg.data.validation_path) if path is not None],
-        image_folder=cfg.data.image_folder,
+        image_folders={source.path: source.image_folder for source in Facts(cfg, None).datasets},
     )
 
 
@@ -243,8 +243,8 @@ def keep_record(start: Start) -> None:
         start.job.run_dir,
         start.config_yaml,
         overrides=start.overrides,
-        data_files=start.data_files,
-        image_folder=start.image_folder,
+        data_files=list(start.image_folders),
+        image_folder=start.image_folders,
     )
     for key, (old, new) in folder.config_changes.items():
         console().print(f"continuing with {key}: {old} -> {new}", markup=False, highlight=False)

@@ -21,8 +21,8 @@ from vlmsft.errors import Problem, UserError
 class PreloadedDataModule(pl.LightningDataModule, io.IOMixin):
     """Training and validation records, each in files of their own (formats: vlmsft.data.records).
 
-    train_path, validation_path: a file, a list of files or a mapping of names (vlmsft.data.sources); validation sets with
-        names are logged one by one as well; validation_path None for a run without validation
+    train_path, validation_path: a file, a list of files or a mapping of names (vlmsft.data.sources); validation sets
+        with names are logged one by one as well; validation_path None for a run without validation
     image_folder: image names in records start here; None if they are absolute or no record has an image
     processor: folder or hub id of the transformers processor
     seq_length: vision tokens of an image (NeMo's name); decoder_seq_length: most text tokens of a sample

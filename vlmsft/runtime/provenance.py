@@ -80,7 +80,7 @@ def write_run_folder(
     config_yaml: str,
     overrides: Sequence[str],
     data_files: Sequence[str | os.PathLike[str]] = (),
-    image_folder: str | os.PathLike[str] | None = None,
+    image_folder: str | os.PathLike[str] | Mapping[str, str | None] | None = None,
     command: Sequence[str] | None = None,
     code_dir: str | os.PathLike[str] | None = None,
 ) -> RunFolder:
@@ -89,7 +89,8 @@ def write_run_folder(
     config_yaml: the resolved config as YAML text
     overrides: the command line's overrides, `key=value` each
     data_files: record files (JSON, JSONL) or folders (energon) to fingerprint; missing ones are named as such
-    image_folder: where the records' images lie; None where the data files hold their images themselves
+    image_folder: where the records' images lie, or a mapping that says it for each data file; None where the data files
+        hold their images themselves
     command: the command line; sys.argv where None
     code_dir: a folder of the code whose git state is kept; this package's folder where None
     """
@@ -381,17 +382,26 @@ def _gpus() -> list[str]:
 
 
 def data_fingerprint(
-    data_files: Sequence[str | os.PathLike[str]], image_folder: str | os.PathLike[str] | None
+    data_files: Sequence[str | os.PathLike[str]], image_folder: str | os.PathLike[str] | Mapping[str, str | None] | None
 ) -> dict[str, Any]:
-    """Content hash of each record file, and a hash over names and sizes of the images that they name.
+    """Content hash of each record file, and a hash over names and sizes of the images that they name; of a folder of
+    shards the content hash of its metadata and indices, and a hash over names and sizes of the shards.
+
+    image_folder: of all files, or of each; where there are several, `images` is a list
 
     Images are not read: 118,000 of them would take minutes. The hash knows their relative names and sizes only, so it
     is the same wherever the folder lies; an image replaced by one of the same size goes unnoticed.
     """
     fingerprint: dict[str, Any] = {"files": {os.fspath(path): file_fingerprint(path) for path in data_files}}
-    if image_folder is not None:
-        names = sorted({name for path in data_files if os.path.isfile(path) for name in image_names(path)})
-        fingerprint["images"] = {"folder": os.fspath(image_folder), **name_size_fingerprint(image_folder, names)}
+    by_folder: dict[str, set[str]] = {}
+    for path in data_files:
+        folder = image_folder.get(os.fspath(path)) if isinstance(image_folder, Mapping) else image_folder
+        if folder is not None:
+            names = by_folder.setdefault(os.fspath(folder), set())
+            names.update(image_names(path) if os.path.isfile(path) else ())
+    images = [{"folder": f, **name_size_fingerprint(f, sorted(names))} for f, names in by_folder.items()]
+    if images:
+        fingerprint["images"] = images[0] if len(images) == 1 else images
     return fingerprint
 
 
@@ -399,6 +409,9 @@ def file_fingerprint(path: str | os.PathLike[str]) -> dict[str, Any]:
     """sha256, bytes and lines of a file; names and sizes for a folder."""
     if os.path.isdir(path):
         root = Path(path)
+        for shards in (root, root / "shards"):
+            if (shards / ".nv-meta").is_dir():
+                return _shards_fingerprint(shards)
         names = sorted(entry.relative_to(root).as_posix() for entry in root.rglob("*") if entry.is_file())
         return name_size_fingerprint(root, names)
     if not os.path.exists(path):
@@ -411,6 +424,16 @@ def file_fingerprint(path: str | os.PathLike[str]) -> dict[str, Any]:
             lines += block.count(b"\n")
             last = block[-1:]
     return {"sha256": digest.hexdigest(), "bytes": size, "lines": lines + (last != b"\n")}
+
+
+def _shards_fingerprint(folder: Path) -> dict[str, Any]:
+    """Energon's metadata and indices by content, shards by name and size: they may be terabytes."""
+    metadata = sorted([*(folder / ".nv-meta").iterdir(), *folder.glob("*.tar.idx")])
+    digest = hashlib.sha256()
+    for path in metadata:
+        digest.update(f"{path.relative_to(folder).as_posix()}\t{path.stat().st_size}\n".encode() + path.read_bytes())
+    shards = sorted(path.name for path in folder.glob("*.tar"))
+    return {"sha256_of_metadata": digest.hexdigest(), **name_size_fingerprint(folder, shards)}
 
 
 def name_size_fingerprint(folder: str | os.PathLike[str], names: Sequence[str]) -> dict[str, Any]:
