@@ -20,8 +20,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from webdataset.writer import ShardWriter
 from PIL import Image
+from webdataset.writer import ShardWriter
 
 from vlmsft.config_files import sample_set
 from vlmsft.data.prepare import shards

@@ -37,7 +37,7 @@ def settings_of(cfg: DictConfig) -> Settings:
         plain: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)  # pyright: ignore
     except MissingMandatoryValue as error:
         key = str(error.full_key)
-        raise UserError(Problem(key, "no value", "one", f"{key}=...")) from None
+        raise UserError(Problem(key, "no value", "what only you know", f"Write {key}=... (conf/dataset/)")) from None
     dataset = plain.pop("dataset")
     dataset.pop("train")
     dataset.pop("name")

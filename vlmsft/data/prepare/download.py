@@ -13,7 +13,6 @@ from vlmsft.data.prepare.files import PARTIAL_SUFFIX
 from vlmsft.errors import Problem, UserError
 
 TIMEOUT_SECONDS = 60.0
-CHUNK_BYTES = 1 << 20
 
 
 class CutOff(Exception):
@@ -88,7 +87,7 @@ def _go_on(url: str, partial: Path, progress: Callable[[int, int | None], None])
         total = _total(response, start)
         _validator_file(partial).write_text(json.dumps(_validator(response)))
         with open(partial, "ab" if start else "wb") as file:
-            for chunk in response.iter_bytes(CHUNK_BYTES):
+            for chunk in response.iter_raw():  # as they come: a collected chunk would be lost in a cut
                 file.write(chunk)
                 start += len(chunk)
                 progress(start, total)

@@ -25,7 +25,8 @@ def read(output: Path) -> dict[str, Any] | None:
     path = output / NAME
     if path.is_file():
         return json.loads(path.read_text(encoding="utf-8"))
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+    entries = list(output.iterdir()) if output.is_dir() else [output] if output.exists() else []
+    if any(not entry.name.startswith((".", NAME)) for entry in entries):  # a lock, a manifest's first beginning
         raise UserError(Problem("output", f"{output}, which vlmsft.prepare didn't make", "a new or empty folder"))
     return None
 

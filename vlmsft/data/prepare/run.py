@@ -17,6 +17,7 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -32,7 +33,7 @@ from vlmsft.data.prepare.progress import say, step
 from vlmsft.data.prepare.settings import Settings
 from vlmsft.data.prepare.sources import Normaliser, Source, open_source
 from vlmsft.data.prepare.threads import in_threads
-from vlmsft.data.records import RecordFile, capped, image_path, named
+from vlmsft.data.records import RecordFile, RecordProblem, capped, image_path, named
 from vlmsft.errors import Problem, UserError
 
 STOPPED = "the preparation stopped; what is finished stays, and the same command goes on from there"
@@ -49,15 +50,23 @@ def prepare(settings: Settings) -> dict[str, Any]:
     if problems := settings.problems():
         raise UserError(problems)
     before = manifest.read(settings.output)
-    if before is not None:
+    if before is not None and (before["finished"] or _has_begun(settings)):
         _raise_other_parameters(settings, before)
     settings.output.mkdir(parents=True, exist_ok=True)
     with _locked(settings.output), full_disk_named(settings.output, lambda: _finished_shards(settings)):
         if before is not None and before["finished"] and _is_whole(settings, before):
             return before
-        if before is None:
+        if before is None or before["parameters"] != settings.parameters():
+            if not _has_begun(settings):
+                shutil.rmtree(settings.work, ignore_errors=True)
             manifest.write(settings.output, {"finished": False, "parameters": settings.parameters()})
         return _Preparation(settings, {} if before is None else before.get("inputs", {})).run()
+
+
+def _has_begun(settings: Settings) -> bool:
+    """Whether something lies in the output that other parameters would make otherwise."""
+    files = (folder / f"{name}.jsonl" for name in SPLITS for folder in (settings.output, settings.work))
+    return any(path.exists() for path in (*files, settings.output / "images", settings.shard_folder))
 
 
 def _raise_other_parameters(settings: Settings, before: dict[str, Any]) -> None:
@@ -162,12 +171,12 @@ class _Preparation:
                 for source in sources:
                     self._normalise(source, file)
                 self._raise_records()
-                _write_json(work / "dropped.json", {n: problem.__dict__ for n, problem in self.dropped.items()})
+                _write_json(work / "dropped.json", {n: _plain(problem) for n, problem in self.dropped.items()})
                 identities = [source.identity() for source in sources]
                 facts = [{**facts, "records": len(source)} for facts, source in zip(identities, sources, strict=True)]
                 _write_json(work / "sources.json", dict(zip(("conversations", "validation"), facts, strict=False)))
         sources_read = _read_json(work / "sources.json")
-        self.dropped = {int(n): Problem(**problem) for n, problem in _read_json(work / "dropped.json").items()}
+        self.dropped = {int(n): RecordProblem(**problem) for n, problem in _read_json(work / "dropped.json").items()}
         self._raise_records()  # dropped by an earlier start, which had on_problem=drop
         self.inputs |= sources_read
         self.num_of_sources = [facts["records"] for facts in sources_read.values()]
@@ -196,6 +205,8 @@ class _Preparation:
     def fetch_images(self, names: Sequence[Sequence[str]]) -> None:
         """Unpacks what isn't there yet; downloads the archive only for that."""
         settings, folder = self.settings, self.settings.image_folder
+        if (settings.work / "archive.json").is_file():
+            self.inputs["images"] = _read_json(settings.work / "archive.json")
         missing = [name for name in _distinct(names) if not image_path(name, folder).is_file()]
         if settings.images is None or not settings.fills_image_folder or not missing:
             return
@@ -243,7 +254,7 @@ class _Preparation:
         """Whether all images are there and, with verify_images, decode to their last row."""
         known = self.settings.work / "bad_images.json"
         if known.is_file():
-            self.bad_images |= {name: Problem(**problem) for name, problem in _read_json(known).items()}
+            self.bad_images |= {name: RecordProblem(**problem) for name, problem in _read_json(known).items()}
             return
         distinct = [name for name in _distinct(names) if name not in self.bad_images]
         with step("checking images", len(distinct)) as advance:
@@ -267,7 +278,7 @@ class _Preparation:
             remedy = "Put whole files in their place, or leave their records out with on_problem=drop"
             _raise([*self.bad_images.values()], "images", remedy)
         _write_json(
-            self.settings.work / "bad_images.json", {n: problem.__dict__ for n, problem in self.bad_images.items()}
+            self.settings.work / "bad_images.json", {n: _plain(problem) for n, problem in self.bad_images.items()}
         )
         for index, of_record in enumerate(names):
             bad = [name for name in of_record if name in self.bad_images]
@@ -296,7 +307,7 @@ class _Preparation:
         if self.dropped:
             with written_aside(settings.output / "dropped.jsonl") as file:
                 for number, problem in sorted(self.dropped.items()):
-                    file.write(_json_line({"record": number, **problem.__dict__}))
+                    file.write(_json_line({"record": number, **_plain(problem)}))
         return files
 
     def _split(self, names: Sequence[Sequence[str]]) -> tuple[np.ndarray, np.ndarray]:
@@ -382,8 +393,8 @@ class _Preparation:
         }
 
     def _reasons(self) -> dict[str, int]:
-        """How many records were dropped, by what was found in their place (file names and library texts left out)."""
-        return dict(Counter(problem.found.split(" (")[0] for problem in self.dropped.values()).most_common())
+        """How many records were dropped, by kind."""
+        return dict(Counter(_kind(problem) for problem in self.dropped.values()).most_common())
 
     def clean_up(self) -> None:
         shutil.rmtree(self.settings.work)
@@ -421,6 +432,16 @@ def _distinct(names: Sequence[Sequence[str]]) -> list[str]:
 
 def _raise(problems: list[Problem], what: str, remedy: str) -> None:
     raise UserError([*capped(problems), Problem(what, f"{len(problems)} problems", "none", remedy)], STOPPED)
+
+
+def _kind(problem: Problem) -> str:
+    """What a problem is counted as; of an image or archive what was found, without the library's text."""
+    kind = problem.kind if isinstance(problem, RecordProblem) else ""
+    return kind or problem.found.split(" (")[0]
+
+
+def _plain(problem: Problem) -> dict[str, str]:
+    return {**asdict(problem), "kind": _kind(problem)}
 
 
 def _describe(path: Path) -> dict[str, Any]:

@@ -42,13 +42,13 @@ ZEROS = bytes(BLOCK)
 class Shard:
     """A shard to be written.
 
-    records_path, image_folder: where the records and their images lie
+    image_folder: where the records' image names start
     indices: (records,) int64, numbers of the records in their file, in the order of the shard
     num_bytes: exact size of the tar
     """
 
     path: Path
-    records_path: Path
+    records: RecordFile
     image_folder: Path | None
     indices: np.ndarray
     num_bytes: int
@@ -101,7 +101,7 @@ def plan(
         size += record_bytes
     bounds = zip(cuts, [*cuts[1:], len(order)], [*sizes, size], strict=True)
     return [
-        Shard(folder / f"{prefix}-{number:05d}.tar", records.path, image_folder, order[start:end], _tar_bytes(size))
+        Shard(folder / f"{prefix}-{number:05d}.tar", records, image_folder, order[start:end], _tar_bytes(size))
         for number, (start, end, size) in enumerate(bounds)
     ]
 
@@ -133,11 +133,11 @@ def write(shard: Shard) -> WrittenShard:
     """Writes a shard that isn't finished; a finished one is only hashed."""
     if shard.is_finished:
         return WrittenShard(shard.path.name, len(shard.indices), shard.num_bytes, sha256_of(shard.path))
-    records, folder = _open_records(shard.records_path), os.fspath(shard.image_folder or "")
+    folder = os.fspath(shard.image_folder or "")
     with written_aside(shard.path) as file, ThreadPoolExecutor(1) as hashing:
         tar = TarWriter(file, hashing)
         for index in shard.indices:
-            line = records.line(int(index))
+            line = shard.records.line(int(index))
             for position, name in enumerate(image_names(json.loads(line))):
                 tar.add(f"{index:09d}.{part_name(position, name)}", _read(folder, name))
             tar.add(f"{index:09d}.json", line)
@@ -149,11 +149,6 @@ def _read(folder: str, name: str) -> bytes:
     """pathlib would cost as much as the reading."""
     with open(os.path.join(folder, name), "rb", buffering=0) as file:
         return file.read()
-
-
-@functools.lru_cache(maxsize=2)
-def _open_records(path: Path) -> RecordFile:
-    return RecordFile(path)
 
 
 class TarWriter:

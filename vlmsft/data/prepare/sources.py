@@ -16,7 +16,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
 from vlmsft.data.prepare.files import sha256_of, written_aside
-from vlmsft.data.records import RecordFile, parse
+from vlmsft.data.records import RecordFile, RecordProblem, parse
 from vlmsft.errors import Problem, UserError, nearest
 
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -185,7 +185,7 @@ class Normaliser:
         outside = [name for name in names if self.inside and not is_inside(name)]
         if outside:
             expected = "a relative name without '..'"
-            raise UserError([Problem("", f"image {name}", expected) for name in outside])
+            raise UserError([RecordProblem("", f"image {name}", expected, kind="image names") for name in outside])
         key = "conversations" if "conversations" in record else "messages"
         prepared = {"id": record["id"]} if isinstance(record.get("id"), (str, int)) else {}
         if names:
