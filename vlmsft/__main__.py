@@ -11,6 +11,7 @@ COMMANDS = {
     "plan": "show what train would run, without starting it",
     "check_data": "read all data once and report what training would refuse or lose",
     "import_ckpt": "make a NeMo checkpoint of a Hugging Face model",
+    "export_ckpt": "make a Hugging Face folder of a checkpoint, and compare the two",
     "generate": "a model's answer to a question, or to a file of them",
     "serve": "answer requests at an OpenAI-compatible endpoint",
 }

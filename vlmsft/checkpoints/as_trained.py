@@ -36,7 +36,7 @@ def main(checkpoint: Path, folder: Path) -> None:
     torch.save(found, folder / "logits.pt")
 
 
-def build(checkpoint: Path) -> torch.nn.Module:
+def build(checkpoint: Path) -> Any:
     """The checkpoint's MLlamaBase in evaluation mode, in the dtype of its weights, which are held once."""
     from vlmsft.checkpoints.nemo import NemoCheckpoint
 
@@ -46,7 +46,6 @@ def build(checkpoint: Path) -> torch.nn.Module:
     dtype = base.dtype("language_model.output_layer.weight")
     model = _empty_model(_load_context(base.path).config, dtype)
     if weights.is_adapter:
-        # an attribute of the transform that only its own module names need
         model.walk(trained.model_transform.transform)
     state = {_name(name): p for name, p in model.module.named_parameters()}
     sources = {**dict.fromkeys(base, base), **dict.fromkeys(weights, weights)}
@@ -98,7 +97,7 @@ def _again(cls: type, found: Any, settings: dict[str, Any]) -> Any:
     return cls(**{**values, **settings})
 
 
-def _set_gelu(model: torch.nn.Module, approximate: bool) -> None:
+def _set_gelu(model: Any, approximate: bool) -> None:
     for module in model.vision_model.modules():
         if hasattr(getattr(module, "config", None), "bias_activation_fusion"):
             module.config.bias_activation_fusion = approximate

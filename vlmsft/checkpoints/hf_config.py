@@ -23,7 +23,6 @@ _TEXT_NAMES = {
     "num_attention_heads": "num_attention_heads",
     "num_query_groups": "num_key_value_heads",
     "vocab_size": "vocab_size",
-    "seq_length": "max_position_embeddings",
     "rotary_base": "rope_theta",
     "layernorm_epsilon": "rms_norm_eps",
 }
@@ -128,8 +127,7 @@ def hf_config(
     """config.json for the values of an MLlamaConfig (NemoCheckpoint.model_config).
 
     dtype: of the weights, e.g. "bfloat16"
-    original: the config.json that the model was imported from. Its keys stay, except those that say what the model is:
-        these come from model_config, but for the longest text, which training doesn't change
+    original: the config.json that the model was imported from. Its keys stay, except those that say what the model is
     Raises UserError with every value that HF's Mllama can't take; `where` stands in front of each.
     """
     problems = list(_our_problems(model_config, where))
@@ -139,8 +137,8 @@ def hf_config(
     hf_text, hf_vision = _hf_text(text), _hf_vision(vision)
     base = dict(original or {"tie_word_embeddings": False})
     base_text = base.get("text_config", {"dropout": 0, "bos_token_id": special.begin_of_text, **_end_and_pad(special)})
-    if original is not None:
-        del hf_text["max_position_embeddings"]
+    if original is None:
+        hf_text["max_position_embeddings"] = _longest_text(text)
     return {
         **base,
         "architectures": [ARCHITECTURE],
@@ -197,6 +195,7 @@ def _our_text(text: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "num_layers": text["num_hidden_layers"] - num_cross,
         "num_cross_attention_layers": num_cross,
+        "seq_length": text["max_position_embeddings"],
         **{ours: text[hf] for ours, hf in _TEXT_NAMES.items()},
         **_rope(text),
     }
@@ -296,6 +295,11 @@ def _hf_text(text: Mapping[str, Any]) -> dict[str, Any]:
         "hidden_act": "silu",
         "tie_word_embeddings": False,
     }
+
+
+def _longest_text(text: Mapping[str, Any]) -> int:
+    """What rope scaling stretches the model to; seq_length is only what training used, and vLLM takes this as limit."""
+    return max(text["seq_length"], int(text["scale_factor"] * text["old_context_len"]))
 
 
 def _hf_rope(text: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -225,8 +225,16 @@ def _own(tensor: Tensor) -> Tensor:
 
 
 def _write_shard(folder: Path, number: int, shard: dict[str, Tensor]) -> list[str]:
-    save_file(shard, _unnamed(folder, number), metadata={"format": "pt"})
+    save_tensors(_unnamed(folder, number), shard)
     return list(shard)
+
+
+def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """One safetensors file, as PyTorch's, that others may read as far as this process's umask lets them."""
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(tensors, path, metadata={"format": "pt"})  # makes a file of its own, for its owner only
+    path.chmod(mode)
 
 
 def _unnamed(folder: Path, number: int) -> Path:

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
+from vlmsft.checkpoints.hf_folder import save_tensors
 from vlmsft.checkpoints.nemo import Lora, NemoCheckpoint
 from vlmsft.errors import Problem, UserError
 from vlmsft.mllama.hf_mapping import RULES, Rule, Sizes, layer_numbers
@@ -141,7 +141,7 @@ def write_adapter(folder: Path, checkpoint: NemoCheckpoint, sizes: Sizes, base_m
     base_model: HF folder or hub id that the config names as the base
     """
     tensors = peft_tensors(checkpoint, sizes)
-    save_file(tensors, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+    save_tensors(folder / ADAPTER_WEIGHTS, tensors)
     layers = {name.removeprefix("base_model.model.").rpartition(".lora_")[0] for name in tensors}
     config = adapter_config(checkpoint.lora, sorted(layers), base_model)
     (folder / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
