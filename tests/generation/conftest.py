@@ -17,9 +17,14 @@ def hf_folder(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def loaded(hf_folder):
+    import torch
+
     from vlmsft.generation.model import load_model
 
-    return load_model(hf_folder, device="cpu")
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)  # threads cost this model ten times what they save on a busy machine
+    yield load_model(hf_folder, device="cpu")
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")
