@@ -33,10 +33,11 @@ from vlmsft.data.prepare.progress import say, step
 from vlmsft.data.prepare.settings import Settings
 from vlmsft.data.prepare.sources import Normaliser, Source, open_source
 from vlmsft.data.prepare.threads import in_threads
-from vlmsft.data.records import RecordFile, RecordProblem, capped, image_path, named
+from vlmsft.data.records import RecordFile, RecordProblem, image_path, named
 from vlmsft.errors import Problem, UserError
 
 STOPPED = "the preparation stopped; what is finished stays, and the same command goes on from there"
+MAX_SHOWN = 20
 SPLITS = {"training": "train", "validation": "val"}
 """Name of the record file and prefix of the shards."""
 
@@ -431,7 +432,8 @@ def _distinct(names: Sequence[Sequence[str]]) -> list[str]:
 
 
 def _raise(problems: list[Problem], what: str, remedy: str) -> None:
-    raise UserError([*capped(problems), Problem(what, f"{len(problems)} problems", "none", remedy)], STOPPED)
+    in_all = Problem(what, f"{len(problems)} problems in all", "none", remedy)
+    raise UserError([*problems[:MAX_SHOWN], in_all], STOPPED)
 
 
 def _kind(problem: Problem) -> str:
