@@ -157,4 +157,6 @@ def _reason(source: Source, error: Exception) -> tuple[str, str]:
         return f"the hub answered {status}", resume
     if isinstance(error, (requests.RequestException, errors.LocalEntryNotFoundError, ConnectionError, TimeoutError)):
         return f"the hub can't be reached, or the connection broke ({type(error).__name__})", resume
+    if "Consistency check failed" in str(error):  # fewer bytes came than were announced
+        return "the connection broke", resume
     return f"{type(error).__name__}: {error}", resume

@@ -45,6 +45,8 @@ _ROPE_NAMES = {
     "high_freq_factor": "high_freq_factor",
     "old_context_len": "original_max_position_embeddings",
 }
+_STOCK_VISION = {"patch_size": 14, "intermediate_layers_indices": [3, 7, 15, 23, 30]}
+"""Built into NeMo's own tower; its config has no such fields."""
 _NO_ROPE_SCALING = {"scale_factor": 1.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "old_context_len": 8192}
 """A factor of 1 divides no frequency, whatever the others say."""
 
@@ -133,7 +135,7 @@ def hf_config(
     problems = list(_our_problems(model_config, where))
     if problems:
         raise UserError(problems)
-    text, vision = model_config["language_model_config"], model_config["vision_model_config"]
+    text, vision = model_config["language_model_config"], {**_STOCK_VISION, **model_config["vision_model_config"]}
     hf_text, hf_vision = _hf_text(text), _hf_vision(vision)
     base = dict(original or {"tie_word_embeddings": False})
     base_text = base.get("text_config", {"dropout": 0, "bos_token_id": special.begin_of_text, **_end_and_pad(special)})
@@ -181,10 +183,10 @@ def _filled(config: Mapping[str, Any], where: str) -> tuple[dict[str, Any], dict
 
     try:
         filled = MllamaConfig.from_dict(dict(config)).to_dict()
+        return filled["text_config"], filled["vision_config"], filled["image_token_index"]
     except (TypeError, ValueError, KeyError, AttributeError) as error:
         remedy = f"transformers says: {error}"
         raise UserError(Problem(where, "values that it refuses", "a config of Mllama", remedy)) from None
-    return filled["text_config"], filled["vision_config"], filled["image_token_index"]
 
 
 # ------------------------------------------------------------------------------------------------- HF -> ours
@@ -302,9 +304,9 @@ def _longest_text(text: Mapping[str, Any]) -> int:
     return max(text["seq_length"], int(text["scale_factor"] * text["old_context_len"]))
 
 
-def _hf_rope(text: Mapping[str, Any]) -> dict[str, Any] | None:
+def _hf_rope(text: Mapping[str, Any]) -> dict[str, Any]:
     if text["scale_factor"] == 1:
-        return None
+        return {"rope_type": "default"}  # transformers' Mllama fails where there is none
     return {"rope_type": "llama3", **{hf: text[ours] for ours, hf in _ROPE_NAMES.items()}}
 
 

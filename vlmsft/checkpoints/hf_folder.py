@@ -187,8 +187,10 @@ def expected_shapes(config: Mapping[str, Any]) -> dict[str, Shape]:
     """{name in memory: shape} of the model that a config.json describes; takes no memory."""
     from transformers import MllamaConfig, MllamaForConditionalGeneration
 
+    filled = MllamaConfig.from_dict(dict(config))
+    filled.text_config.rope_scaling = filled.text_config.rope_scaling or {"rope_type": "default"}  # or it fails
     with torch.device("meta"):
-        model = MllamaForConditionalGeneration(MllamaConfig.from_dict(dict(config)))
+        model = MllamaForConditionalGeneration(filled)
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
