@@ -45,7 +45,8 @@ def test_same_as_the_module(command, tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(root())}
 
     def output(*start):
-        arguments = [*start, "+arrived=7", "--cfg", "job", "--package", "arrived"]
+        needed = ["dataset=sample"] if command == "prepare" else []
+        arguments = [*start, *needed, "+arrived=7", "--cfg", "job", "--package", "arrived"]
         return subprocess.run(
             [sys.executable, *arguments], capture_output=True, text=True, cwd=tmp_path, env=environment, check=True
         ).stdout

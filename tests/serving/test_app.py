@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
+import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -270,17 +270,25 @@ def test_failure_in_the_middle(serving):
         wait_for(lambda: number(url, 'vlmsft_requests_total{status="500"}') == 2)
 
 
+def connection(url):
+    return socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])))
+
+
+def raw_request(fields) -> bytes:
+    body = json.dumps({"model": MODEL_NAME, "messages": QUESTION, **fields}).encode()
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: here\r\nContent-Length: {len(body)}\r\n\r\n"
+    return head.encode() + body
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_leaves_ends_its_answer(serving, stream):
     toy = ToyGenerator(pause_seconds=0.02)
     with serving(toy) as url:
-        body = {"model": MODEL_NAME, "messages": QUESTION, "max_tokens": 380, "stream": stream}
-        with (
-            contextlib.suppress(httpx.ReadTimeout),
-            httpx.stream("POST", f"{url}/v1/chat/completions", json=body, timeout=0.3) as response,
-        ):
-            for _ in zip(range(3), response.iter_raw(), strict=False):
-                pass
+        with connection(url) as client:
+            client.sendall(raw_request({"max_tokens": 380, "stream": stream}))
+            wait_for(lambda: toy.batches)
+            if stream:
+                assert client.recv(1000).startswith(b"HTTP/1.1 200")
         wait_for(lambda: toy.cancelled_at)
         assert toy.cancelled_at[0] < 200
         wait_for(lambda: number(url, 'vlmsft_requests_total{status="499"}') == 1)
@@ -294,13 +302,22 @@ def test_one_that_leaves_while_waiting_is_not_generated(serving):
     with serving(toy, max_num_seqs=1, gather_seconds=0) as url, ThreadPoolExecutor(1) as pool:
         first = pool.submit(ask, url)
         wait_for(lambda: toy.batches)
-        with pytest.raises(openai.APITimeoutError):
-            client(url).with_options(timeout=0.3).chat.completions.create(model=MODEL_NAME, messages=QUESTION)
+        with connection(url) as client:
+            client.sendall(raw_request({}))
+            wait_for(lambda: number(url, "vlmsft_requests_waiting") == 1)
         wait_for(lambda: number(url, 'vlmsft_requests_total{status="499"}') == 1)
         hold.set()
         first.result(10)
         ask(url)
         assert toy.batches == [1, 1]
+
+
+def test_one_that_leaves_within_its_request(serving):
+    with serving(ToyGenerator()) as url:
+        with connection(url) as client:
+            client.sendall(raw_request({})[:-10])
+            time.sleep(0.1)
+        wait_for(lambda: number(url, 'vlmsft_requests_total{status="499"}') == 1)
 
 
 def test_waiting_requests_share_a_batch(serving):
@@ -319,7 +336,7 @@ def test_waiting_requests_share_a_batch(serving):
 
 def test_a_short_answer_does_not_wait_for_its_batch(serving):
     toy = ToyGenerator(pause_seconds=0.02)
-    with serving(toy) as url, ThreadPoolExecutor(2) as pool:
+    with serving(toy, max_num_seqs=2, gather_seconds=20) as url, ThreadPoolExecutor(2) as pool:
         long = pool.submit(ask, url, max_tokens=100)
         short = pool.submit(ask, url, max_tokens=1)
         short.result(10)

@@ -39,8 +39,8 @@ def test_urls():
             assert url_of(host, listener) == f"http://{shown}:{listener.getsockname()[1]}"
 
 
-# NeMo is not imported, but one start of a process (10 to 40 s, its imports) is enough for the tests of every day
-@pytest.mark.parametrize("how", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.nemo)])
+@pytest.mark.nemo  # NeMo is not imported, but a process that imports torch and transformers takes 10 to 40 s
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
 def test_starts_answers_and_ends(how, tmp_path, hf_folder):
     """The answer that runs when the signal comes is given whole."""
     command = [sys.executable, "-u", "-m", "vlmsft.serve", f"model={hf_folder}", "port=0", "served_model_name=tiny"]

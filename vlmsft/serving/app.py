@@ -17,6 +17,7 @@ from fastapi import Depends, FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
 from vlmsft.data.records import Turn
@@ -152,6 +153,8 @@ class ChatServer:
             try:
                 at_the_end.enter_context(self.scheduler.admit())
                 response = await self._chat(request, at_the_end)
+            except ClientDisconnect:  # before all of the request had come
+                response = Response(status_code=CLIENT_LEFT)
             except ApiError as error:
                 record.status = error.status
                 raise

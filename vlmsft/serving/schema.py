@@ -167,7 +167,16 @@ def _stops(stop: str | list) -> tuple[str, ...]:
     stops = [stop] if isinstance(stop, str) else stop
     if len(stops) > MAX_STOPS or not all(isinstance(text, str) and text for text in stops):
         raise invalid(f"stop must be up to {MAX_STOPS} strings, none of them empty", "stop")
-    return tuple(stops)
+    return tuple(_whole_characters(text, "stop") for text in stops)
+
+
+def _whole_characters(text: str, where: str) -> str:
+    """JSON can hold half of a surrogate pair, which no tokenizer takes."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise invalid(f"{where} holds half of a surrogate pair, which is no character", where) from None
+    return text
 
 
 def _refuse_the_rest(given: _Fields) -> None:
@@ -210,7 +219,7 @@ def _turn(message: Any, where: str, image_urls: list[tuple[str, str]]) -> Turn:
             raise invalid(f"{where}.{name}: this server has no such thing", f"{where}.{name}")
     content = message.get("content")
     if isinstance(content, str):
-        return Turn(role, (content,))
+        return Turn(role, (_whole_characters(content, f"{where}.content"),))
     if not isinstance(content, list) or not content:
         raise invalid(f"{where}.content must be a string or a list of parts", f"{where}.content")
     before = len(image_urls)
@@ -223,12 +232,12 @@ def _turn(message: Any, where: str, image_urls: list[tuple[str, str]]) -> Turn:
 def _part(part: Any, where: str, image_urls: list[tuple[str, str]]) -> str | None:
     kind = part.get("type") if isinstance(part, dict) else None
     if kind == "text" and isinstance(part.get("text"), str):
-        return part["text"]
+        return _whole_characters(part["text"], where)
     if kind == "image_url":
         image = part.get("image_url")
         url = image.get("url") if isinstance(image, dict) else image
         if not isinstance(url, str):
             raise invalid(f"{where}.image_url.url must be a string", f"{where}.image_url")
-        image_urls.append((f"{where}.image_url", url))
+        image_urls.append((f"{where}.image_url", _whole_characters(url, f"{where}.image_url")))
         return IMAGE
     raise invalid(f"{where} must be a text part or an image_url part, not {_shown(part)}", where)
