@@ -19,6 +19,9 @@ from vlmsft.runtime.logging import console
 LINE_SECONDS = 30.0
 """Between lines where stdout is no terminal."""
 
+NUM_EXAMPLES = 3
+"""Answers that the report shows."""
+
 
 def ask(
     generator: Generator,
@@ -91,8 +94,14 @@ def num_cut(answers: AnswersFile) -> int:
 
 
 def report(answers: AnswersFile, failed: Sequence[Problem], max_new_tokens: int) -> None:
-    """What became of the questions, and each that could not be asked."""
+    """A few of the answers, what became of the questions, and each that could not be asked."""
     out = console()
+    for record in examples(list(answers.answered.values())):
+        for name in ("image", "prompt", "reference", "answer"):
+            shown = ", ".join(record[name]) if name == "image" else record[name]
+            if shown:
+                out.print(f"{name + ':':10} {shown}", markup=False, highlight=False)
+        out.print()
     cut = num_cut(answers)
     text = f"{len(answers.answered)} answers in {answers.path}"
     if cut:
@@ -102,6 +111,13 @@ def report(answers: AnswersFile, failed: Sequence[Problem], max_new_tokens: int)
         out.print(f"{len(failed)} questions could not be asked; the same command asks them again:", highlight=False)
     for problem in capped(list(failed)):
         out.print(f"  {problem}", markup=False, highlight=False)
+
+
+def examples(records: Sequence[dict]) -> list[dict]:
+    """NUM_EXAMPLES of the answers, spread over the file."""
+    ordered = sorted(records, key=lambda record: record["index"])
+    step = max(1, len(ordered) // NUM_EXAMPLES)
+    return ordered[::step][:NUM_EXAMPLES]
 
 
 class _Bar:
