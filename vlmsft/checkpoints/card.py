@@ -120,8 +120,9 @@ def _load(base: str | None) -> str:
 def _gate(report: Report | None) -> str:
     if report is None:
         return "Not compared: exported with `verify=false`."
+    tensors = f"All {report.num_tensors} tensors equal the checkpoint's bit for bit. " if report.num_tensors else ""
     lines = [
-        f"All {report.num_tensors} tensors equal the checkpoint's bit for bit. Logits over prompt and answer, and the "
+        f"{tensors}Logits over prompt and answer, and the "
         f"greedy answer (up to {MAX_NEW_TOKENS} tokens), of the repaired Hugging Face model against the model that was "
         f"trained, both in {str(report.dtype).removeprefix('torch.')} on a CPU; differences are root mean squares in "
         f"standard deviations of the logits, and up to {report.tolerance:g} was allowed. The vision tower's GELU is "

@@ -83,7 +83,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Report:
-    """What the model card says of the gate."""
+    """What the model card says of the gate. num_tensors: compared bit by bit; 0 for an adapter, which has others"""
 
     comparisons: tuple[Comparison, ...]
     num_tensors: int
