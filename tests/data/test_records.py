@@ -181,3 +181,17 @@ def test_user_errors_name_problems():
     with pytest.raises(UserError, match="no gpt turn"):
         parse({"conversations": turns("q")[:1]})
     assert capped([Problem("a", "b", "c")]) == [Problem("a", "b", "c")]
+
+
+@pytest.mark.parametrize("block", [1, 3, 1 << 24])
+@pytest.mark.parametrize(
+    "text", [b'{"a": 1}', b' {"a": 1}\n\n\r\n{}\n  \n[1]\n', b"\xef\xbb\xbf{}\n{}", b"\xef\xbb\xbf\n{}\n\n"]
+)
+def test_records_begin_where_lines_do_whatever_is_read_at_once(text, block, tmp_path, monkeypatch):
+    monkeypatch.setattr("vlmsft.data.records.BLOCK", block)
+    (tmp_path / "t.jsonl").write_bytes(text)
+    records = RecordFile(tmp_path / "t.jsonl")
+    lines = text.decode("utf-8-sig").split("\n")
+    assert [records[n] for n in range(len(records))] == [json.loads(line) for line in lines if line.strip()]
+    numbers = [n for n, line in enumerate(lines, 1) if line.strip()]
+    assert [records.where(n) for n in range(len(records))] == [f"{tmp_path / 't.jsonl'}:{number}" for number in numbers]

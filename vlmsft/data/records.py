@@ -26,6 +26,7 @@ from vlmsft.errors import Problem, UserError, nearest
 if TYPE_CHECKING:
     from vlmsft.data.encode import SampleEncoder
 
+BLOCK = 1 << 24  # bytes of a file that are looked through at once
 IMAGE_MARKER = "<image>"
 IMAGE = None  # in Turn.parts: an image stands here
 
@@ -161,21 +162,24 @@ class RecordFile:
 
 def _record_offsets(text: bytes | mmap.mmap) -> np.ndarray:
     """Start of every line that isn't blank, (records,) int64."""
-    offsets, position, end = [], 0, len(text)
-    if text[:3] == b"\xef\xbb\xbf":
-        position = 3
-    while position < end:
-        line_end = text.find(b"\n", position)
-        line_end = end if line_end < 0 else line_end
-        if text[position : min(position + 1, line_end)] == b"{" or text[position:line_end].strip():
-            offsets.append(position)
-        position = line_end + 1
-    return np.array(offsets, np.int64)
+    begin, end = 3 if text[:3] == b"\xef\xbb\xbf" else 0, len(text)
+    if begin >= end:
+        return np.zeros(0, np.int64)
+    characters = np.frombuffer(text, np.uint8)
+    newlines = [  # block by block: a comparison takes a byte for each character
+        np.flatnonzero(characters[start : start + BLOCK] == ord("\n")) + start for start in range(0, end, BLOCK)
+    ]
+    starts = np.concatenate([[begin], *(found + 1 for found in newlines)]).astype(np.int64)
+    starts = starts[starts < end]
+    is_record = characters[starts] == ord("{")
+    for line in np.flatnonzero(~is_record).tolist():  # blank, indented or broken ones
+        stop = starts[line + 1] if line + 1 < len(starts) else end
+        is_record[line] = bool(text[starts[line] : stop].strip())
+    return starts[is_record]
 
 
 def _count_newlines(text: bytes | mmap.mmap, end: int) -> int:
-    block = 1 << 24
-    return sum(text[start : min(start + block, end)].count(b"\n") for start in range(0, end, block))
+    return sum(text[start : min(start + BLOCK, end)].count(b"\n") for start in range(0, end, BLOCK))
 
 
 def _missing_file(path: Path) -> Problem:
