@@ -60,7 +60,7 @@ CASES = [
     (["trainer.limit_val_batches=-1"], "trainer.limit_val_batches", "at least 0"),
     ([f"+{TEXT}.cpu_offloading=true"], f"{TEXT}.cpu_offloading", "false"),
     ([f"+{TEXT}.fp8=hybrid"], f"{TEXT}.fp8", "null"),
-    ([f"+{VISION}.recompute_granularity=full"], f"{VISION}.recompute_granularity", "selective or null"),
+    ([f"{VISION}.recompute_granularity=some"], f"{VISION}.recompute_granularity", "full, selective or null"),
     (["launch=torchrun", "trainer.num_nodes=2"], "trainer.num_nodes", "1 with launch=torchrun"),
     (FROZEN, ", ".join(name.split("=")[0] for name in FROZEN), "peft=lora"),
     (["trainer.max_steps=-1", "optim.warmup_steps=0"], "trainer.max_steps", "at least 1"),

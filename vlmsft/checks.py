@@ -198,7 +198,7 @@ def unsupported_layers(facts: Facts) -> Iterator[Problem]:
     allowed = {
         "cpu_offloading": ((False,), "false"),
         "fp8": ((), "null"),
-        "recompute_granularity": (("selective",), "selective or null"),
+        "recompute_granularity": (("full", "selective"), "full, selective or null"),
     }
     for part in (TEXT, VISION):
         for name, (values, expected) in allowed.items():

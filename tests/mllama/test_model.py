@@ -25,6 +25,61 @@ def test_losses_are_per_token_and_zero_without_a_label(model):
     assert torch.equal(losses == 0, batch["labels"] == -100)
 
 
+@pytest.mark.parametrize("case", ["mixed tile counts", "several images"])
+def test_logits_of_answer_rows_are_enough(model, case):
+    from vlmsft.mllama.step import answer_rows
+
+    batch = inputs_of(make_batch(CASES[case]), labels=True)
+    gradients = []
+    for rows in (None, answer_rows(batch["labels"])):
+        model.zero_grad()
+        losses = model(**batch, answer_rows=rows)
+        losses.sum().backward()
+        gradients.append((losses.detach(), [p.grad.clone() for p in model.parameters()]))
+    (every, expected), (few, got) = gradients
+    assert torch.allclose(few, every, atol=1e-6) and float(every.sum()) > 0
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(got, expected, strict=True))
+    model.zero_grad()
+
+
+def test_a_batch_without_answers_still_touches_every_parameter(model):
+    batch = inputs_of(make_batch(CASES["several images"]), labels=True)
+    batch["labels"] = torch.full_like(batch["labels"], -100)
+    model.zero_grad()
+    model(**batch, answer_rows=torch.zeros(0, dtype=torch.int64)).sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+    model.zero_grad()
+
+
+@pytest.mark.parametrize("trainable", ["", "linear_q"], ids=["everything trains", "one kind of matrix trains"])
+def test_recomputed_layers_give_the_same_gradients_with_dropout(trainable):
+    """The second case is LoRA's: the first layers' inputs need no gradient."""
+    from megatron.core.tensor_parallel import get_cuda_rng_tracker
+
+    states = get_cuda_rng_tracker().get_states()
+    batch, results, layer_runs = inputs_of(make_batch(CASES["several images"]), labels=True), [], []
+    for granularity in (None, "full"):
+        part = {"recompute_granularity": granularity, "attention_dropout": 0.1, "hidden_dropout": 0.1}
+        model = build(text=part, vision=part)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(trainable in name)
+        runs = []
+        model.module.language_model.decoder.layers[1].mlp.register_forward_pre_hook(
+            lambda *_, runs=runs: runs.append(1)
+        )
+        model.train()
+        torch.manual_seed(5)
+        get_cuda_rng_tracker().set_states(dict(states))  # it keeps the one that it is given
+        losses = model(**batch)
+        losses.sum().backward()
+        results.append((losses.detach(), {n: p.grad for n, p in model.named_parameters() if p.requires_grad}))
+        layer_runs.append(len(runs))
+    (kept, expected), (recomputed, got) = results
+    assert layer_runs == [1, 2]
+    assert torch.equal(kept, recomputed)
+    assert all(torch.allclose(got[name], gradient, atol=1e-6) for name, gradient in expected.items())
+
+
 def test_loss_reduction_takes_them(model):
     batch = make_batch(CASES["several images"])
     losses = model.forward_step(batch)
@@ -174,10 +229,11 @@ class TestStep:
 
         batch = make_batch(CASES["several images"])
         moved = data_step(iter([wrap(batch)]))
-        assert moved.keys() == batch.keys()
+        assert moved.keys() == batch.keys() | {"answer_rows"}
         assert all(torch.equal(moved[name], batch[name]) for name in batch)
+        assert torch.equal(moved["answer_rows"], torch.nonzero(batch["labels"].flatten() != -100).flatten())
 
-    def test_steering_tensors_stay_on_the_host(self):
+    def test_steering_tensors_stay_on_the_host(self, monkeypatch):
         from vlmsft.mllama import step
 
         moved = []
@@ -191,5 +247,8 @@ class TestStep:
         for name, value in make_batch(CASES["several images"]).items():
             batch[name] = value.as_subclass(Traced)
             batch[name].key = name
+        rows = torch.zeros(1).as_subclass(Traced)
+        rows.key = "answer_rows"
+        monkeypatch.setattr(step, "answer_rows", lambda labels: rows)
         step.data_step(iter([batch]))
         assert sorted(moved) == sorted(step.DEVICE_TENSORS)

@@ -37,9 +37,13 @@ class TowerGroup:
 
 @dataclass(frozen=True)
 class TowerPlan:
-    """How the tower attends to a batch of images that are sorted by their number of real tokens."""
+    """How the tower attends to a batch of images that are sorted by their number of real tokens.
+
+    num_tokens: of each image, real or not
+    """
 
     groups: tuple[TowerGroup, ...]
+    num_tokens: int
 
 
 @dataclass(frozen=True)
@@ -190,7 +194,11 @@ class CausalAttention(_CoreAttention):
 
 
 class TowerAttention(_CoreAttention):
-    """Vision self-attention over tokens sorted as `TowerPlan` says."""
+    """Vision self-attention over tokens sorted as `TowerPlan` says.
+
+    The images stand one after the other in Megatron's sequence dimension, so that an image's tokens are neighbours in
+    memory and what the attention kernel writes needs no transposition.
+    """
 
     def forward(
         self,
@@ -202,16 +210,28 @@ class TowerAttention(_CoreAttention):
         attention_bias: Any = None,
         packed_seq_params=None,
     ) -> Tensor:
-        """query, key, value (tokens, images, heads, D), attention_bias a TowerPlan -> (tokens, images, heads * D)."""
-        return torch.cat([self._group(query, key, value, group) for group in attention_bias.groups], dim=1)
+        """query, key, value (images * tokens, 1, heads, D), attention_bias a TowerPlan -> (..., 1, heads * D)."""
+        shape = (-1, attention_bias.num_tokens, *query.shape[2:])
+        query, key, value = (tensor.view(shape) for tensor in (query, key, value))
+        parts = [self._group(query, key, value, group) for group in attention_bias.groups]
+        return _joined(parts, 0).flatten(0, 1).flatten(1).unsqueeze(1)
 
     def _group(self, query: Tensor, key: Tensor, value: Tensor, group: TowerGroup) -> Tensor:
-        query, key, value = (t[:, group.first_image : group.end_image] for t in (query, key, value))
+        """(images, tokens, heads, D) of all images -> the same of the group's."""
+        query, key, value = (tensor[group.first_image : group.end_image] for tensor in (query, key, value))
         real = group.num_real
-        out = [self._attend(query[:real], key, value)]
-        if real < query.shape[0]:
-            out.append(self._attend(query[real:], key[:real], value[:real]))
-        return torch.cat(out)
+        parts = [self._attend(query[:, :real], key, value)]
+        if real < query.shape[1]:
+            parts.append(self._attend(query[:, real:], key[:, :real], value[:, :real]))
+        return _joined(parts, 1)
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, causal: bool = False) -> Tensor:
+        """(images, tokens, heads, D) throughout."""
+        dropout = self.dropout if self.training else 0.0
+        query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
+        with _dropout_per_rank() if dropout else nullcontext():
+            out = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, scale=self.scale)
+        return out.transpose(1, 2)
 
 
 class CrossAttention(_CoreAttention):
@@ -228,12 +248,12 @@ class CrossAttention(_CoreAttention):
         packed_seq_params=None,
     ) -> Tensor:
         """query (S, B, heads, D), key and value (N, 1, groups, D), attention_bias a CrossPlan -> (S, B, heads * D)."""
-        return torch.cat(
+        return _joined(
             [
-                torch.cat([self._run(query[:, b : b + 1], key, value, run) for run in runs])
+                _joined([self._run(query[:, b : b + 1], key, value, run) for run in runs], 0)
                 for b, runs in enumerate(attention_bias.samples)
             ],
-            dim=1,
+            1,
         )
 
     def _run(self, query: Tensor, key: Tensor, value: Tensor, run: Run) -> Tensor:
@@ -244,5 +264,9 @@ class CrossAttention(_CoreAttention):
 
 
 def _take(tokens: Tensor, ranges: tuple[tuple[int, int], ...]) -> Tensor:
-    parts = [tokens[start:end] for start, end in ranges]
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+    return _joined([tokens[start:end] for start, end in ranges], 0)
+
+
+def _joined(parts: list[Tensor], dim: int) -> Tensor:
+    """torch.cat, which copies a single part too."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=dim)

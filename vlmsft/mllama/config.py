@@ -33,18 +33,29 @@ _FOLLOW_TOP = (
 )
 
 
+def _recompute_each_layer(config: CrossAttentionTextConfig | CrossAttentionVisionConfig) -> None:
+    """Complete recompute_granularity=full: MLlama's forward recomputes layer by layer."""
+    if config.recompute_granularity == "full" and config.recompute_method is None:
+        config.recompute_method, config.recompute_num_layers = "uniform", 1
+
+
 @dataclass
 class TextConfig(CrossAttentionTextConfig):
     """The text decoder. Fields are NeMo's; `layers` follows MLlamaConfig.layers."""
 
     layers: str = "auto"
 
+    def __post_init__(self):
+        _recompute_each_layer(self)
+        super().__post_init__()
+
     def configure_model(self, tokenizer=None, pre_process=True, post_process=True, vp_stage=None):
         """Build the decoder (a TextModel); tokenizer is not used: vocab_size says how many embeddings there are."""
-        from vlmsft.mllama.layers import layer_kit
+        from vlmsft.mllama.layers import layer_kit, resolve_layers
         from vlmsft.mllama.text import TextModel
 
         self.fusion_schedule = self._init_fusion_schedule(self.num_cross_attention_layers)
+        self.apply_rope_fusion = resolve_layers(self.layers) == "transformer_engine"
         model = TextModel(self, layer_kit(self.layers), self.vocab_size, pre_process, post_process)
         model.rotary_pos_emb.inv_freq = apply_rope_scaling(
             model.rotary_pos_emb.inv_freq,
@@ -72,6 +83,10 @@ class VisionConfig(CrossAttentionVisionConfig):
     image_mean: list[float] = field(default_factory=lambda: [0.48145466, 0.4578275, 0.40821073])
     image_std: list[float] = field(default_factory=lambda: [0.26862954, 0.26130258, 0.27577711])
     layers: str = "auto"
+
+    def __post_init__(self):
+        _recompute_each_layer(self)
+        super().__post_init__()
 
     def configure_model(self):
         """Build the tower with its projector (a VisionModel)."""
@@ -129,8 +144,8 @@ class MLlamaConfig(MLlamaModelConfig):
     def configure_model(self, tokenizer=None, vp_stage=None):
         """Build the model (an MLlamaBase).
 
-        Raises ValueError for what this model doesn't do (pipeline, context and sequence parallelism, fp8, full
-        recompute) and for sizes that don't fit each other; vlmsft.checks names the keys before a run comes this far.
+        Raises ValueError for what this model doesn't do (pipeline, context and sequence parallelism, fp8) and for sizes
+        that don't fit each other; vlmsft.checks names the keys before a run comes this far.
         """
         from vlmsft.mllama.model import MLlamaBase
 
@@ -156,5 +171,4 @@ class MLlamaConfig(MLlamaModelConfig):
             part = getattr(self, name)
             wanted[f"{name}.cpu_offloading"] = (part.cpu_offloading, False)
             wanted[f"{name}.fp8"] = (part.fp8, None)
-            wanted[f"{name}.full recompute"] = (part.recompute_granularity == "full", False)
         return [f"{name} must be {only}, not {found}" for name, (found, only) in wanted.items() if found != only]

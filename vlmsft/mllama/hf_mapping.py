@@ -254,12 +254,16 @@ def layer_numbers(kind: str, sizes: Sizes) -> list[tuple[int, int]]:
 
 def our_names(sizes: Sizes) -> list[str]:
     """Names of all our parameters, in the order of `to_ours`."""
-    return [name.format(number) for rule in RULES for _, number in layer_numbers(rule.layers, sizes) for name in rule.ours]
+    return [
+        name.format(number) for rule in RULES for _, number in layer_numbers(rule.layers, sizes) for name in rule.ours
+    ]
 
 
 def hf_names(sizes: Sizes) -> list[str]:
     """HF's names of all parameters, in the order of `to_hf`."""
-    return [name.format(number) for rule in RULES for number, _ in layer_numbers(rule.layers, sizes) for name in rule.hf]
+    return [
+        name.format(number) for rule in RULES for number, _ in layer_numbers(rule.layers, sizes) for name in rule.hf
+    ]
 
 
 def to_ours(hf: Mapping[str, Tensor], sizes: Sizes) -> Iterator[tuple[str, Tensor]]:

@@ -206,7 +206,7 @@ class LayerKit:
     mlp: Any
     norm_mlp: Any
     bias_dropout_add: Any
-    compiled_loss: bool
+    compiled: bool  # elementwise chains and the loss through torch.compile
 
 
 def layer_kit(choice: str) -> LayerKit:
@@ -240,7 +240,7 @@ def _torch_kit() -> LayerKit:
         mlp=PortableMLP,
         norm_mlp=PortableNormMLP,
         bias_dropout_add=portable_bias_dropout_add,
-        compiled_loss=False,
+        compiled=False,
     )
 
 
@@ -263,8 +263,47 @@ def _transformer_engine_kit() -> LayerKit:
         mlp=mlp(TEColumnParallelLinear),
         norm_mlp=mlp(TELayerNormColumnParallelLinear),
         bias_dropout_add=get_bias_dropout_add,
-        compiled_loss=True,
+        compiled=True,
     )
+
+
+def _add_gated(residual: Tensor, output: Tensor, bias: Tensor | None, gate: Tensor | None) -> Tensor:
+    branch = output if bias is None else output + bias
+    return residual + (branch if gate is None else gate.tanh() * branch)
+
+
+# dynamic: micro batches differ in their number of images, and torch gives up after eight shapes
+_add_gated_compiled = torch.compile(_add_gated, dynamic=True)
+
+
+class TowerLayer(ImageTransformerLayer):
+    """NeMo's ImageTransformerLayer (its names) that adds a branch, its bias and its gate to the residual in one kernel.
+
+    compiled: through torch.compile. NeMo's layer multiplies each branch by its gate (or by 1), adds the bias and adds
+    the residual in passes of their own.
+    """
+
+    def __init__(self, *args, compiled: bool, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.compiled = compiled
+
+    def forward(self, hidden_states: Tensor, attention_bias: Any) -> Tensor:
+        """(N, 1, H) -> the same shape; attention_bias: the TowerPlan."""
+        attended = self.self_attention(
+            self.input_layernorm(hidden_states), attention_mask=None, attention_bias=attention_bias
+        )
+        hidden_states = self._add(hidden_states, attended, "gate_attn")
+        fed = self.mlp(self.pre_mlp_layernorm(hidden_states))
+        return self._add(hidden_states, fed, "gate_ffn")
+
+    def _add(self, residual: Tensor, output_and_bias: tuple[Tensor, Tensor | None], gate_name: str) -> Tensor:
+        output, bias = output_and_bias
+        gate = getattr(self, gate_name) if self.gated else None
+        if self.training and self.hidden_dropout:
+            output = F.dropout(output if bias is None else output + bias, self.hidden_dropout)
+            bias = None
+        add = _add_gated_compiled if self.compiled else _add_gated
+        return add(residual, output, bias, gate)
 
 
 def _spec(module: type, submodules: Any, **params: Any) -> ModuleSpec:
@@ -322,7 +361,7 @@ def cross_layer_spec(kit: LayerKit) -> ModuleSpec:
 def vision_layer_spec(kit: LayerKit) -> ModuleSpec:
     """A layer of the vision tower; gated where its config says so."""
     return _spec(
-        ImageTransformerLayer,
+        TowerLayer,
         TransformerLayerSubmodules(
             input_layernorm=kit.norm,
             self_attention=_spec(
@@ -336,9 +375,8 @@ def vision_layer_spec(kit: LayerKit) -> ModuleSpec:
                 ),
                 attn_mask_type=AttnMaskType.no_mask,
             ),
-            self_attn_bda=kit.bias_dropout_add,
             pre_mlp_layernorm=kit.norm,
             mlp=kit.mlp,
-            mlp_bda=kit.bias_dropout_add,
         ),
+        compiled=kit.compiled,
     )

@@ -67,6 +67,7 @@ class MLlamaBase(MLlamaBaseModel):
         aspect_ratio_ids: Tensor | None = None,
         visible_from: Tensor | None = None,
         visible_until: Tensor | None = None,
+        answer_rows: Tensor | None = None,
     ) -> Tensor:
         """Losses (B, S) when labels are given, logits (B, S, vocab_size / TP) otherwise.
 
@@ -75,19 +76,24 @@ class MLlamaBase(MLlamaBaseModel):
         image_sample, num_tiles, aspect_ratio_ids: (I,) on the host: the sample an image belongs to, its real tiles,
             HF's id of their arrangement
         visible_from, visible_until: (I,) on the host: the text rows [from, until) that see the image
+        answer_rows: (N,) on the model's device: see TextModel.forward
         Without images, or where no row sees one, the tower and the cross-attention layers are skipped (they would add
         exactly nothing) and their trainable parameters get a gradient of zero.
         """
         tell_wrapped_norms(self._norm_linears)
         if tiles is None or num_tiles is None or aspect_ratio_ids is None or len(tiles) == 0:
-            return self.language_model(tokens, labels, idle_parameters=self._image_parameters())
+            return self._text_only(tokens, labels, answer_rows)
         counts = num_tiles.tolist()
         self._check_tiles(counts, aspect_ratio_ids.tolist(), len(tiles))
         plan = self._plan(tokens, counts, image_sample, visible_from, visible_until)
         if not plan.sees_images:
-            return self.language_model(tokens, labels, idle_parameters=self._image_parameters())
+            return self._text_only(tokens, labels, answer_rows)
         image_tokens = self.vision_model(tiles, counts, aspect_ratio_ids)
-        return self.language_model(tokens, labels, image_tokens, plan)
+        return self.language_model(tokens, labels, image_tokens, plan, answer_rows=answer_rows)
+
+    def _text_only(self, tokens: Tensor, labels: Tensor | None, answer_rows: Tensor | None) -> Tensor:
+        idle = self._image_parameters()
+        return self.language_model(tokens, labels, idle_parameters=idle, answer_rows=answer_rows)
 
     def _plan(self, tokens: Tensor, counts: list[int], *host: Tensor | None) -> CrossPlan:
         image_sample, visible_from, visible_until = (tensor.tolist() for tensor in host if tensor is not None)

@@ -8,10 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vlmsft.data.encode import IGNORE
+
 # Tensors that steer control flow; on the device each read would wait for the GPU
 HOST_TENSORS = ("image_sample", "num_tiles", "aspect_ratio_ids", "visible_from", "visible_until")
-DEVICE_TENSORS = ("tokens", "labels", "loss_mask", "position_ids", "tiles")
-_MODEL_INPUTS = ("tokens", "position_ids", "labels", "tiles", *HOST_TENSORS)
+DEVICE_TENSORS = ("tokens", "labels", "loss_mask", "position_ids", "tiles", "answer_rows")
+_MODEL_INPUTS = ("tokens", "position_ids", "labels", "tiles", "answer_rows", *HOST_TENSORS)
 
 
 def data_step(dataloader_iter: Iterator[Any]) -> dict[str, Any]:
@@ -22,10 +24,18 @@ def data_step(dataloader_iter: Iterator[Any]) -> dict[str, Any]:
     item = next(dataloader_iter)
     batch = item[0] if isinstance(item, tuple) else item
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    batch = {**batch, "answer_rows": answer_rows(batch["labels"])} if "labels" in batch else batch
     return {
         key: value.to(device, non_blocking=True) if key in DEVICE_TENSORS and isinstance(value, Tensor) else value
         for key, value in batch.items()
     }
+
+
+def answer_rows(labels: Tensor) -> Tensor:
+    """(N,) positions in the flattened labels that have one. Found on the host: on a GPU, how many there are is only
+    known when its queue has come this far."""
+    rows = (labels.flatten() != IGNORE).nonzero().flatten()
+    return rows.pin_memory() if torch.cuda.is_available() else rows
 
 
 def forward_step(model, batch: dict[str, Any]) -> Tensor:

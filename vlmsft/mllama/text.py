@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from vlmsft.mllama.attention import CrossPlan
 from vlmsft.mllama.layers import LayerKit, cross_layer_spec, text_layer_spec
+from vlmsft.mllama.recompute import recompute, recomputes
 from vlmsft.mllama.sizes import NUM_EXTRA_EMBEDDINGS
 
 
@@ -56,7 +57,8 @@ class TextBlock(CrossAttentionTransformerBlock):
         Returns (S, B, H), normalised.
         """
         row_mask = plan.row_mask(hidden_states) if plan is not None and image_tokens is not None else None
-        for i, layer in enumerate(self.layers):
+
+        def run(i: int, hidden_states: Tensor) -> Tensor:
             if image_tokens is not None and i in self.fusion_schedule:
                 cross_layer = cast(CrossAttentionTransformerLayer, self.xattn_layers[i])
                 hidden_states, _ = cross_layer(
@@ -66,7 +68,13 @@ class TextBlock(CrossAttentionTransformerBlock):
                     full_text_row_masked_out_mask=row_mask,
                     cross_attention_bias=plan,
                 )
-            hidden_states, _ = layer(hidden_states=hidden_states, attention_mask=None, rotary_pos_emb=rotary_pos_emb)
+            hidden_states, _ = self.layers[i](
+                hidden_states=hidden_states, attention_mask=None, rotary_pos_emb=rotary_pos_emb
+            )
+            return hidden_states
+
+        for i in range(len(self.layers)):
+            hidden_states = recompute(run, i, hidden_states) if recomputes(self.config) else run(i, hidden_states)
         return self.final_layernorm(hidden_states)
 
 
@@ -93,7 +101,7 @@ class TextModel(GPTModel):
             rotary_base=config.rotary_base,
             seq_len_interpolation_factor=config.seq_len_interpolation_factor,
         )
-        self.compiled_loss = kit.compiled_loss
+        self.compiled_loss = kit.compiled
         self.decoder = TextBlock(config, kit, pre_process, post_process)
         self.learnable_embedding = tensor_parallel.VocabParallelEmbedding(
             num_embeddings=NUM_EXTRA_EMBEDDINGS,
@@ -117,29 +125,41 @@ class TextModel(GPTModel):
         image_tokens: Tensor | None = None,
         plan: CrossPlan | None = None,
         idle_parameters: list[nn.Parameter] | None = None,
+        answer_rows: Tensor | None = None,
     ) -> Tensor:
         """Losses (B, S) in fp32 when labels are given, logits (B, S, vocab_size / TP) otherwise.
 
         tokens, labels: (B, S); labels of -100 give a loss of 0
         image_tokens, plan: as in TextBlock
         idle_parameters: trainable parameters that this batch leaves out; they get a gradient of zero
+        answer_rows: (N,) positions in the flattened (B, S) labels that hold all labels other than -100: logits are
+            computed for these only. None computes them for every position
         """
         hidden_states = touch(self.embed(tokens), idle_parameters or [])
         rotary_pos_emb = self.rotary_pos_emb(tokens.shape[1])
         hidden_states = self.decoder(hidden_states, rotary_pos_emb, image_tokens, plan)
+        if labels is None:
+            return self._logits(hidden_states).transpose(0, 1).contiguous()
+        if answer_rows is None or len(answer_rows) == 0:  # no answer: all positions, so that every parameter has a part
+            return self._losses(labels, hidden_states)
+        rows = hidden_states.transpose(0, 1).flatten(0, 1)[answer_rows].unsqueeze(1)
+        losses = self._losses(labels.flatten()[answer_rows].unsqueeze(0), rows)
+        return losses.new_zeros(labels.numel()).index_copy(0, answer_rows, losses.flatten()).view_as(labels)
+
+    def _logits(self, hidden_states: Tensor) -> Tensor:
         weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
         logits, _ = self.output_layer(hidden_states, weight=weight)
-        if labels is None:
-            return logits.transpose(0, 1).contiguous()
-        losses = self._losses(labels.clamp(min=0), logits)
+        return logits
+
+    def _losses(self, labels: Tensor, hidden_states: Tensor) -> Tensor:
+        """labels (B, S), hidden_states (S, B, H) -> (B, S)."""
+        logits, known = self._logits(hidden_states), labels.clamp(min=0)
+        if self.compiled_loss:
+            losses = self.compute_language_model_loss(known, logits)
+        else:
+            losses = tensor_parallel.vocab_parallel_cross_entropy(logits, known.t().contiguous()).t().contiguous()
         # a position without a label is masked here too: 0 * inf in the caller's mask would be NaN
         return losses.masked_fill(labels < 0, 0.0)
-
-    def _losses(self, labels: Tensor, logits: Tensor) -> Tensor:
-        if self.compiled_loss:
-            return self.compute_language_model_loss(labels, logits)
-        losses = tensor_parallel.vocab_parallel_cross_entropy(logits, labels.t().contiguous())
-        return losses.t().contiguous()
 
 
 def touch(hidden_states: Tensor, parameters: list[nn.Parameter]) -> Tensor:

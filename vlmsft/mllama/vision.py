@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from vlmsft.mllama.attention import TowerGroup, TowerPlan
 from vlmsft.mllama.layers import LayerKit, vision_layer_spec
+from vlmsft.mllama.recompute import recompute, recomputes
 from vlmsft.mllama.sizes import TOKEN_MULTIPLE
 
 if TYPE_CHECKING:
@@ -52,7 +53,9 @@ class PatchEmbedding(MegatronModule):
     def forward(self, tiles: Tensor) -> Tensor:
         """(T, 3, H, W) -> (T, patches, hidden)."""
         patches = F.unfold(tiles, self.patch_size, stride=self.patch_size).transpose(1, 2)
-        return gather_from_tensor_model_parallel_region(F.linear(patches, self._linear.weight))
+        # one matrix: for a batch of transposed ones cuBLAS may pick a kernel 100 times slower
+        rows = F.linear(patches.flatten(0, 1), self._linear.weight)
+        return gather_from_tensor_model_parallel_region(rows.unflatten(0, patches.shape[:2]))
 
 
 class TokenOrder:
@@ -76,22 +79,25 @@ class TokenOrder:
 
     def plan(self) -> TowerPlan:
         """What TowerAttention needs to know."""
-        return TowerPlan(tuple(TowerGroup(first, end, tiles * self.num_tokens) for first, end, tiles in self.groups))
+        groups = (TowerGroup(first, end, tiles * self.num_tokens) for first, end, tiles in self.groups)
+        return TowerPlan(tuple(groups), self.max_tiles * self.padded_tokens)
 
     def sort(self, x: Tensor) -> Tensor:
-        """(images, tiles, padded tokens, hidden), ordered as self.images -> (tiles * padded tokens, images, hidden)."""
-        return torch.cat([self._sort_group(x[first:end], tiles) for first, end, tiles in self.groups], dim=1)
+        """(I, tiles, padded tokens, hidden), ordered as self.images -> (I * tiles * padded tokens, 1, hidden)."""
+        groups = [self._sort_group(x[first:end], tiles) for first, end, tiles in self.groups]
+        return torch.cat(groups).flatten(0, 1).unsqueeze(1)
 
     def _sort_group(self, x: Tensor, tiles: int) -> Tensor:
         parts = (x[:, :tiles, : self.num_tokens], x[:, :tiles, self.num_tokens :], x[:, tiles:])
-        return torch.cat([part.flatten(1, 2) for part in parts], dim=1).transpose(0, 1).contiguous()
+        return torch.cat([part.flatten(1, 2) for part in parts], dim=1)
 
     def real(self, x: Tensor) -> Tensor:
-        """(tiles * padded tokens, images, hidden), sorted -> (real tokens, hidden) in the batch's image order."""
+        """(I * tiles * padded tokens, 1, hidden), sorted -> (real tokens, hidden) in the batch's image order."""
+        per_image = x.squeeze(1).unflatten(0, (len(self.images), -1))
         by_image: dict[int, Tensor] = {}
         for first, end, tiles in self.groups:
             for position in range(first, end):
-                by_image[self.images[position]] = x[: tiles * self.num_tokens, position]
+                by_image[self.images[position]] = per_image[position, : tiles * self.num_tokens]
         return torch.cat([by_image[i] for i in range(len(self.images))])
 
 
@@ -141,13 +147,16 @@ class VisionEncoder(MegatronModule):
         for i, layer in enumerate(self.transformer.layers):
             if i in self.config.intermediate_layers_indices:
                 intermediate.append(order.real(x))
-            x, _ = layer(x, attention_bias=plan)
+            x = self._run(layer, x, plan)
         x = self.ln_post(x) + order.sort(self._post_tile_embedding(ids, order))
         for layer in self.global_transformer.layers:
-            x, _ = layer(x, attention_bias=plan)
+            x = self._run(layer, x, plan)
         # hidden-major: all intermediate values of a channel stand together
         stacked = torch.stack(intermediate, dim=-1).flatten(1)
         return torch.cat([order.real(x), stacked], dim=-1)
+
+    def _run(self, layer: nn.Module, x: Tensor, plan: TowerPlan) -> Tensor:
+        return recompute(layer, x, plan) if recomputes(self.config) else layer(x, plan)
 
     def _place(self, patches: Tensor, num_tiles: list[int], order: TokenOrder) -> Tensor:
         """(T, patches, hidden) -> (I, max tiles, patches, hidden) in the tower's image order.
