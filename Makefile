@@ -15,8 +15,13 @@ setup: .venv/complete
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --editable .
 	@touch $@
 
+# prepare, train, export, generate; a new run at each time
+demo: DEMO := $(shell date +%Y%m%d-%H%M%S)
 demo: setup
-	$(BIN)/python -m vlmsft.train experiment=demo
+	$(BIN)/python -m vlmsft.prepare dataset=sample
+	$(BIN)/python -m vlmsft.train experiment=demo id=$(DEMO)
+	$(BIN)/python -m vlmsft.export_ckpt checkpoint=runs/demo/$(DEMO) output=exports/demo-$(DEMO)
+	$(BIN)/python -m vlmsft.generate checkpoint=exports/demo-$(DEMO) input=vlmsft/data/sample/validation.jsonl output=exports/demo-$(DEMO).answers.jsonl image_folder=vlmsft/data/sample/images max_new_tokens=64 batch_size=16
 
 test: setup
 	$(BIN)/python -m pytest

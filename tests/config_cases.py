@@ -14,6 +14,7 @@ from omegaconf import DictConfig
 from vlmsft.checks import CHECKS, CHECKS_OF_FILES, Facts
 from vlmsft.config_files import root
 from vlmsft.errors import Problem
+from vlmsft.generate import quote_texts
 
 DATA = [
     "data.train_path=t.jsonl",
@@ -64,6 +65,8 @@ def compose_command(name: str, arguments: list[str], with_hydra: bool = False) -
     words = [
         a for before, a in zip(["", *arguments], arguments, strict=False) if not a.startswith("-") and before != "--cfg"
     ]
+    if name == "generate":  # the command does so itself: a question is any text
+        words = quote_texts(words)
     for override in OverridesParser.create().parse_overrides(words):
         if override.is_sweep_override():
             first = next(iter(override.sweep_string_iterator()))
