@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from config_cases import compose
 from generation_toys import write_hf_folder
 
@@ -33,7 +34,10 @@ QUESTIONS = [
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    return write_hf_folder(tmp_path_factory.mktemp("command") / "model")
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)  # threads cost this model ten times what they save on a busy machine
+    yield write_hf_folder(tmp_path_factory.mktemp("command") / "model")
+    torch.set_num_threads(before)
 
 
 @pytest.fixture
