@@ -51,7 +51,8 @@ def largest_difference(ours, theirs):
 
 def _gates_together(gradients):
     together = {name: gradient for name, gradient in gradients.items() if gradient.numel() > 1}
-    together["gates"] = torch.cat([gradient.flatten() for gradient in gradients.values() if gradient.numel() == 1])
+    gates = sorted(gradients.keys() - together.keys())
+    together["gates"] = torch.cat([gradients[name].flatten() for name in gates])
     return together
 
 
