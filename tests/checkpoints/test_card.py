@@ -19,7 +19,9 @@ METRICS = """step,consumed_samples,reduced_train_loss,val_loss,lr,val_loss/a
 2,4,0.8,0.5,0.1,0.4
 3,6,0.1,0.2,0.1,0.1
 """
-REPORT = Report((Comparison("validation.jsonl 1: a|b?", "an\nanswer", 4, 3, 2e-7, 3e-5, 1e-6),), 84, torch.float32)
+REPORT = Report(
+    (Comparison("validation.jsonl 1: a|b?", "an\nanswer\x85\x12\u2028!", 4, 3, 2e-7, 3e-5, 1e-6),), 84, torch.float32
+)
 
 
 @pytest.fixture
@@ -66,9 +68,9 @@ def test_what_it_says(checkpoint):
         "hf_reference.load(folder",
         "transformers 4.55 and newer computes this architecture differently",
         "All 84 tensors equal",
-        "up to 0.0001 was allowed",
+        "up to 1e-05 was allowed",
         "float32",
-        "| validation.jsonl 1: a\\|b? | an answer | 3 of 4 | 2.0e-07 | 3.0e-05 |",
+        "| validation.jsonl 1: a\\|b? | an answer   ! | 3 of 4 | 2.0e-07 | 3.0e-05 |",
     ):
         assert said in text, said
     assert "/data" not in text  # paths of the machine that trained

@@ -168,6 +168,17 @@ def test_original_keys_stay_and_the_architecture_is_ours():
     assert config["torch_dtype"] == "bfloat16"
 
 
+def test_no_dtype_of_the_original_stays():
+    """transformers 4.57 writes `dtype`, reads both, and takes it before torch_dtype."""
+    from transformers import MllamaConfig
+
+    original = tiny_config()
+    original.dtype = original.text_config.dtype = original.vision_config.dtype = "float32"
+    config = hf_config(model_values(original.to_dict()), SPECIAL, "bfloat16", original.to_dict())
+    found = MllamaConfig.from_dict(config)
+    assert {str(part.dtype) for part in (found, found.text_config, found.vision_config)} == {"torch.bfloat16"}
+
+
 def test_stock_nemo_configs_have_nemos_fixed_values():
     values = model_values(META_11B)
     for key in ("patch_size", "intermediate_layers_indices"):

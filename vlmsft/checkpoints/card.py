@@ -138,7 +138,8 @@ def _gate(report: Report | None) -> str:
 
 
 def _cell(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", " ")
+    printable = "".join(character if character.isprintable() else " " for character in text)  # a model may say anything
+    return printable.replace("|", "\\|")
 
 
 def _training(run: Run) -> list[str]:

@@ -137,7 +137,7 @@ def hf_config(
         raise UserError(problems)
     text, vision = model_config["language_model_config"], {**_STOCK_VISION, **model_config["vision_model_config"]}
     hf_text, hf_vision = _hf_text(text), _hf_vision(vision)
-    base = dict(original or {"tie_word_embeddings": False})
+    base = _without_dtype(original or {"tie_word_embeddings": False})
     base_text = base.get("text_config", {"dropout": 0, "bos_token_id": special.begin_of_text, **_end_and_pad(special)})
     if original is None:
         hf_text["max_position_embeddings"] = _longest_text(text)
@@ -156,6 +156,12 @@ def hf_config(
             "torch_dtype": dtype,
         },
     }
+
+
+def _without_dtype(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Without transformers' newer name for torch_dtype, at each level: it would be taken in its place."""
+    plain = {key: value for key, value in config.items() if key != "dtype"}
+    return {key: _without_dtype(value) if key.endswith("_config") else value for key, value in plain.items()}
 
 
 def generation_config(special: SpecialIds) -> dict[str, Any]:
