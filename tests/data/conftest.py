@@ -24,3 +24,13 @@ def photo(sample_folder):
     from vlmsft.data.encode import load_image
 
     return load_image(sample_folder / "images" / "cat.jpg")
+
+
+@pytest.fixture(scope="session")
+def shard_folder(tmp_path_factory, sample_folder) -> Path:
+    """The sample set as shards of 20 records."""
+    from shard_toys import record_parts, write_folder
+
+    files = {"train": "train.jsonl", "val": "validation.jsonl"}
+    splits = {name: record_parts(sample_folder / file, sample_folder / "images") for name, file in files.items()}
+    return write_folder(tmp_path_factory.mktemp("shards") / "sample", splits)

@@ -3,7 +3,16 @@ from itertools import islice
 import numpy as np
 import pytest
 
-from vlmsft.data.order import EvaluationOrder, Share, TrainOrder, epoch_order
+from vlmsft.data.order import (
+    BlendOrder,
+    EvaluationOrder,
+    Share,
+    TrainOrder,
+    blend_counts,
+    epoch_order,
+    next_dataset,
+    whole_weights,
+)
 
 
 def global_batches(micro, size, count, consumed=0, num_samples=50, global_batch_size=8):
@@ -70,6 +79,56 @@ def test_each_step_of_an_evaluation_has_a_sample_that_counts():
         order = EvaluationOrder(num_samples, Share(1, 8, 0, 1))
         steps = np.array(list(order)).reshape(-1, 8)
         assert (steps >= 0).any(axis=1).all()
+
+
+SIZES, WEIGHTS = (50, 20, 7), (5, 3, 1)
+
+
+def blended(micro, size, count, consumed=0):
+    """The first `count` global batches of 8, put together from all ranks' micro batches."""
+    shares = [Share(micro, 8, rank, size) for rank in range(size)]
+    streams = [iter(BlendOrder(SIZES, WEIGHTS, 7, consumed, share)) for share in shares]
+    batches = []
+    for _ in range(count):
+        parts = [list(islice(stream, share.num_microbatches)) for stream, share in zip(streams, shares, strict=True)]
+        batches.append(sorted(i for part in parts for micro_batch in part for i in micro_batch))
+    return batches
+
+
+@pytest.mark.parametrize(("micro", "size"), [(1, 2), (2, 2), (8, 1), (1, 8)])
+def test_a_blend_does_not_depend_on_ranks_or_micro_batch_size_and_resumes(micro, size):
+    assert blended(micro, size, 30) == blended(1, 1, 30)
+    assert blended(micro, size, 10, consumed=160) == blended(1, 1, 30)[20:]
+
+
+def test_a_blend_keeps_its_shares_and_each_dataset_its_epochs():
+    stream = [index for batch in islice(BlendOrder(SIZES, WEIGHTS, 7, 0, Share(8, 8, 0, 1)), 90) for index in batch]
+    starts = (0, 50, 70)
+    for dataset, (start, size, weight) in enumerate(zip(starts, SIZES, WEIGHTS, strict=True)):
+        own = [index - start for index in stream if start <= index < start + size]
+        assert len(own) == 720 * weight // 9
+        counts = np.bincount(own, minlength=size)
+        assert counts.max() - counts.min() <= 1, f"dataset {dataset}: each sample once before one comes again"
+
+
+def test_a_rank_sees_all_datasets():
+    """Two datasets by turns, two ranks: without a shuffle each rank would only ever see one of them."""
+    stream = islice(BlendOrder((10, 10), (1, 1), 7, 0, Share(1, 8, 0, 2)), 40)
+    assert {index >= 10 for batch in stream for index in batch} == {False, True}
+
+
+@pytest.mark.parametrize("weights", [(7, 3), (1, 1, 1), (5, 3, 1), (1000, 1)])
+def test_counts_of_a_blend_are_those_of_taking_one_after_the_other(weights):
+    counts = [0] * len(weights)
+    for num_samples in range(500):
+        assert blend_counts(weights, num_samples) == counts
+        assert all(abs(n - num_samples * w / sum(weights)) < 1 for n, w in zip(counts, weights, strict=True))
+        counts[next_dataset(weights, counts)] += 1
+
+
+def test_weights_become_whole_numbers():
+    assert whole_weights([0.7, 0.3]) == (7, 3)
+    assert whole_weights([2, 4.0, 0.5]) == (4, 8, 1)
 
 
 def test_bad_shapes_are_refused():

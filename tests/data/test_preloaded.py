@@ -89,7 +89,7 @@ def test_resume_continues_behind_the_consumed_samples_and_validation_does_not_mo
     expected = list(islice(train, 20))[12:]  # 3 steps of 4 micro batches are behind us
     resumed = PreloadedDataModule(**arguments)
     resumed.setup("fit")
-    resumed.load_state_dict({"consumed_samples": 24, "num_train_samples": 106, "seed": 3})
+    resumed.load_state_dict({"consumed_samples": 24, "num_train_samples": 106, "seed": 3})  # of an earlier version
     assert resumed.data_sampler.init_consumed_samples == resumed.data_sampler.prev_consumed_samples == 24
     train_again, validation_again = loaders(resumed)
     for one, other in zip(expected, islice(train_again, 8), strict=True):
@@ -119,11 +119,56 @@ def test_state_counts_the_steps_since_the_start(module, monkeypatch):
     module.init_global_step = 2
     monkeypatch.setattr(module.data_sampler, "compute_consumed_samples", lambda steps: 8 * steps)
     content = hashlib.sha256(Path(module.train_path).read_bytes()).hexdigest()
-    expected = {"consumed_samples": 24, "num_train_samples": 106, "seed": 3, "train_sha256": content}
+    expected = {"consumed_samples": 24, "num_train_samples": 106, "seed": 3, "train_sha256": content, "weights": None}
     assert module.state_dict() == expected
+    module.load_state_dict(expected)
     module.setup("fit")
     module.train_dataloader()
     assert module.data_sampler.init_global_step == 5
+
+
+def test_a_run_that_goes_on_without_a_place_is_refused(module):
+    """As with a checkpoint of another data module, for which Lightning calls no load_state_dict."""
+    module.trainer = SimpleNamespace(global_step=5)
+    module.setup("fit")
+    with pytest.raises(UserError, match="a checkpoint of step 5 that holds no place in the stream of Preloaded"):
+        module.train_dataloader()
+
+
+def blend(sample_folder, first: float = 3) -> dict:
+    train, validation = (str(sample_folder / f"{name}.jsonl") for name in ("train", "validation"))
+    return {"chat": {"path": train, "weight": first}, "ocr": {"path": validation, "weight": 1}}
+
+
+def test_a_blend_resumes_and_does_not_depend_on_the_number_of_ranks(arguments, sample_folder, ranks):
+    from vlmsft.data.preloaded import PreloadedDataModule
+
+    arguments = {**arguments, "train_path": blend(sample_folder), "validation_path": blend(sample_folder)}
+    train, validation = loaders(PreloadedDataModule(**arguments))
+    whole = list(islice(train, 24))
+    state = {**PreloadedDataModule(**arguments).state_dict(), "consumed_samples": 24}
+    parts = []
+    for rank in range(2):
+        ranks(rank, 2)
+        resumed = PreloadedDataModule(**arguments)
+        resumed.load_state_dict(state)
+        parts.append(list(islice(loaders(resumed)[0], 6)))
+    in_order = [batch for pair in zip(*parts, strict=True) for batch in pair]
+    for one, other in zip(whole[12:], in_order, strict=True):
+        assert one["tokens"].equal(other["tokens"])
+    sets = torch.cat([batch["validation_set"] for batch in validation]).tolist()
+    assert sets[:154] == [0] * 106 + [1] * 48
+
+
+def test_resume_with_other_weights_is_refused(arguments, sample_folder):
+    from vlmsft.data.preloaded import PreloadedDataModule
+
+    state = PreloadedDataModule(**{**arguments, "train_path": blend(sample_folder)}).state_dict()
+    other = PreloadedDataModule(**{**arguments, "train_path": blend(sample_folder, first=2)})
+    with pytest.raises(
+        UserError, match=r"data.weights: found \{'chat': 2, 'ocr': 1\}, expected \{'chat': 3, 'ocr': 1\}"
+    ):
+        other.load_state_dict(state)
 
 
 def test_no_validation(arguments):

@@ -175,7 +175,7 @@ class EnergonDataModule(pl.LightningDataModule, io.IOMixin):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continues where the checkpoint stopped. Raises UserError, with the values, when anything that the order
         depends on has changed: Energon can't find its place in another order."""
-        names = {"data_parallel_size": "trainer.devices", "energon_version": "megatron-energon"}
+        names = {"data_parallel_size": "data-parallel size", "energon_version": "megatron-energon"}
         raise_changes(state_dict, self._order_depends_on(), names)
         self._resumed = None if state_dict["ranks"] is None else state_dict
         resume_sampler(self.data_sampler, state_dict["consumed_samples"])

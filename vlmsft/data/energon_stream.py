@@ -11,15 +11,21 @@ from __future__ import annotations
 
 import base64
 import dataclasses
+import functools
+import gc
 import importlib
 import json
+import tarfile
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
 from megatron.energon import Cooker, CrudeWebdataset, TaskEncoder, WorkerConfig, get_savable_loader, stateless
 from megatron.energon.epathlib import EPath
 from megatron.energon.errors import FatalSampleError
+from megatron.energon.flavors.webdataset.single_shard_reader import SingleShardReader
+from megatron.energon.rng import SystemRng
 from megatron.energon.wrappers.base import BaseSingleWrapperDataset
 
 from vlmsft.data.dataset import FailedBatch
@@ -79,9 +85,10 @@ class TrainStream:
             batch_size=options.micro_batch_size,
             shuffle_buffer_size=options.shuffle_buffer_size,
         )
-        # Energon's collector freezes and collects at every tenth batch: in the process that trains it has no business
-        collect = {} if options.num_workers else {"gc_collect_every_n_steps": 0}
-        self._loader = get_savable_loader(_Guarded(dataset, worker_config=config), worker_config=config, **collect)
+        guarded = _Guarded(dataset, worker_config=config)
+        self._loader = get_savable_loader(guarded, worker_config=config, gc_collect_every_n_steps=0)
+        seeds = [config.worker_seed(worker) for worker in range(options.num_workers)]
+        self._loader.worker_init_fn = functools.partial(_start_worker, seeds)
         self._loader.pin_memory = pin_memory  # Energon always pins, which warns where there is no GPU
         self._loader.generator = torch.Generator().manual_seed(options.seed)  # see vlmsft.data.sampler.with_order
         if state is not None:
@@ -98,13 +105,20 @@ class TrainStream:
         return json.dumps(to_plain(self._loader.save_state_rank()))
 
 
+def _start_worker(seeds: Sequence[int], worker: int) -> None:
+    """As Energon's, which also asks every living object whether it is a tensor: NeMo's stand-ins for a missing
+    TransformerEngine answer that with an ImportError. Frozen objects, tensors of a GPU among them, are never collected
+    in a worker, which is what it is for."""
+    gc.freeze()
+    SystemRng.seed(seeds[worker])
+    EPath.prepare_forked_process()
+
+
 def _factory(number: int, folder: ShardFolder, config: WorkerConfig, options: StreamOptions) -> CrudeWebdataset:
     """Energon's reader of a folder's shards. Our own arguments stand in for dataset.yaml."""
 
     def stop(error: Exception, key: str | None) -> None:
-        found = f"unreadable ({type(error).__name__}: {error})"
-        remedy = "Restore the file or prepare the dataset again"
-        raise UserError(Problem(str(folder.path / (key or "")), found, "a whole shard", remedy)) from error
+        raise _unreadable(folder.path / (key or ""), error) from error
 
     return CrudeWebdataset(
         EPath(folder.path),
@@ -118,6 +132,11 @@ def _factory(number: int, folder: ShardFolder, config: WorkerConfig, options: St
         subflavors={"dataset": number},
         handler=stop,
     )
+
+
+def _unreadable(shard: Path, error: Exception) -> UserError:
+    found = f"unreadable ({type(error).__name__}: {error})"
+    return UserError(Problem(str(shard), found, "a whole shard", "Restore the file or prepare the dataset again"))
 
 
 class _Tasks(TaskEncoder):
@@ -148,13 +167,14 @@ class _Tasks(TaskEncoder):
 
 
 def _origin(sample: dict) -> tuple[str, str]:
-    """Shard and key. CrudeSample drops __shard__; the innermost part of the restore key names it."""
+    """Shard and key. Energon's key is both of them, and CrudeSample drops __shard__; the restore key has it."""
     restore_key = sample["__restore_key__"]
-    return restore_key[restore_key.index("Webdataset") + 1], sample["__key__"]
+    shard = restore_key[restore_key.index("Webdataset") + 1]
+    return shard, sample["__key__"].removeprefix(f"{shard}/")
 
 
 class _Guarded(BaseSingleWrapperDataset):
-    """A UserError, raised while a shard is read, as a FailedBatch: DataLoader would make text of it."""
+    """What was raised while a shard was read, as a FailedBatch: DataLoader would make text of it."""
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -164,9 +184,22 @@ class _Guarded(BaseSingleWrapperDataset):
             yield from self.dataset
         except UserError as error:
             yield FailedBatch(error.problems)
+        except (OSError, tarfile.TarError) as error:  # Energon's handler isn't asked where a shard is opened
+            yield FailedBatch(_unreadable(_shard_being_read(error), error).problems)
 
     def config(self) -> dict[str, Any]:
         return self.dataset.config()
+
+
+def _shard_being_read(error: BaseException) -> Path:
+    """From the reader in the traceback: the exception doesn't say."""
+    traceback = error.__traceback__
+    while traceback is not None:
+        reader = traceback.tb_frame.f_locals.get("self")
+        if isinstance(reader, SingleShardReader):
+            return Path(str(reader.shard_state.shard.path))
+        traceback = traceback.tb_next
+    return Path("a shard")
 
 
 # --- state ------------------------------------------------------------------------------------------------------------
