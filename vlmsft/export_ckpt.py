@@ -78,6 +78,8 @@ def export(
         raise UserError(Problem("format", f"adapter, but {saved.path} holds a whole model", expected))
     if verify:
         require_nemo()
+    if verify and format == "adapter":
+        require_peft()
     run = Run.of(saved.path)
     weights = merged(saved)
     num_bytes = weights.num_bytes if format == "merged" else saved.num_bytes
@@ -127,8 +129,11 @@ def compare_files(folder: Path, weights: NemoCheckpoint | Merged) -> int:
 
 
 def compare_answers(load: Any, folder: Path, saved: NemoCheckpoint, run: Run, number: int, num_tensors: int) -> Report:
+    from transformers.utils.logging import disable_progress_bar
+
     from vlmsft.checkpoints.verify import Report, compare_outputs, questions
 
+    disable_progress_bar()  # its "Loading checkpoint shards" says nothing to a user who exports
     say("comparing answers with the checkpoint's own model, importing NeMo ...", style="dim")
     data = run_data(run)
     asked = questions(data.get("validation_path"), data.get("image_folder"), number)
@@ -185,7 +190,6 @@ def export_adapter(
 
         return PeftModel.from_pretrained(load_model(whole.path, "cpu").model, str(folder)).eval()
 
-    require_peft()
     return compare_answers(load, folder, saved, run, number, 0)
 
 
