@@ -73,6 +73,14 @@ def test_tutorial_values():
     assert cfg.log.ckpt.train_time_interval is None
 
 
+def test_the_demos_data_are_those_of_the_chosen_backend():
+    assert compose("experiment=demo").data.train_path.endswith("sample/train.jsonl")
+    energon = compose("experiment=demo", "data=energon")
+    assert energon.data.path == energon.data.validation_path == "datasets/sample"
+    assert energon.data.micro_batch_size == 16 and "train_path" not in energon.data
+    assert compose("experiment=demo", "data=energon", "data.path=mine").data.path == "mine"
+
+
 def test_command_line_wins_over_experiment_and_experiment_over_root():
     cfg = compose("experiment=demo", "optim.max_lr=0.5", "trainer.max_steps=7")
     assert (cfg.name, cfg.optim.max_lr, cfg.trainer.max_steps) == ("demo", 0.5, 7)

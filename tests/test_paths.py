@@ -33,3 +33,14 @@ def test_a_processors_folder_is_told_from_a_hub_id(tmp_path, monkeypatch):
     cfg = with_absolute_paths(compose(*DATA, "processor=mine/processor"))
     assert cfg.processor == cfg.data.processor == str(tmp_path / "mine" / "processor")
     assert with_absolute_paths(compose(*DATA, "processor=./gone")).processor == str(tmp_path / "gone")
+
+
+def test_the_paths_of_named_datasets(tmp_path, monkeypatch):
+    cfg = compose(*DATA, "data.train_path={a:x.jsonl,b:{path:y.jsonl,weight:2,image_folder:scans}}")
+    monkeypatch.chdir(tmp_path)
+    absolute = with_absolute_paths(cfg).data.train_path
+    entry = {"path": str(tmp_path / "y.jsonl"), "weight": 2, "image_folder": str(tmp_path / "scans")}
+    assert absolute == {"a": str(tmp_path / "x.jsonl"), "b": entry}
+    energon = compose("experiment=demo", "data=energon", "data.path=[one,two]")
+    data = with_absolute_paths(energon).data
+    assert data.path == data.validation_path == [str(tmp_path / "one"), str(tmp_path / "two")]

@@ -145,6 +145,21 @@ def test_equal_once_the_listed_differences_are_taken_over():
     assert mine.peft is None and "peft" not in theirs.__arguments__
 
 
+def test_the_energon_run_is_the_tutorials():
+    """Its script sets steps and validation, takes the recipe's own strategy, and Energon's data with these values."""
+    theirs, mine = tutorial(), ours("llava_instruct_ja_energon", "data.path=datasets/llava_instruct_ja")
+    theirs.trainer.max_steps = theirs.trainer.val_check_interval = 1143
+    assert differences(theirs.trainer, without_our_callbacks(mine.trainer)) == set(TRAINER)
+    assert differences(theirs.log, mine.log) == set(LOG)
+    assert mine.optim == theirs.optim
+    data = mine.data
+    assert data.__fn_or_cls__.__name__ == "EnergonDataModule"
+    assert (data.seq_length, data.decoder_seq_length, data.num_workers) == (6404, 2048, 8)
+    assert (data.global_batch_size, data.micro_batch_size) == (128, 1)
+    assert (data.shuffle_buffer_size, data.max_samples_per_sequence) == (100, None), "NeMo's own defaults"
+    assert data.path == data.validation_path == os.path.abspath("datasets/llava_instruct_ja")
+
+
 def test_lora():
     theirs, mine = tutorial("lora", 1), ours("lora")
     assert differences(theirs.peft, mine.peft) == set(LORA_PEFT)
@@ -302,12 +317,27 @@ def test_children_of_a_default_factory():
     assert (built.num_layers, built.hidden_size, built.num_attention_heads, built.kv_channels) == (80, 8192, 32, 256)
 
 
-@pytest.mark.parametrize("experiment", ["llava_instruct_ja", "lora", "demo"])
-def test_recipe_travels(experiment):
+BLEND = "data.train_path={chat:{path:c.jsonl,weight:3},ocr:{path:o.jsonl,weight:1}}"
+
+
+@pytest.mark.parametrize("overrides", [["experiment=llava_instruct_ja"], ["experiment=lora"], [BLEND], None])
+def test_recipe_travels(overrides):
     from nemo_run.core.serialization.zlib_json import ZlibJSONSerializer
 
-    recipe = ours(experiment) if experiment != "demo" else demo()
+    recipe = demo() if overrides is None else finetune(*overrides)
     assert ZlibJSONSerializer().deserialize(ZlibJSONSerializer().serialize(recipe)) == recipe
+
+
+def finetune(*overrides):
+    from vlmsft.recipe import finetune_recipe
+
+    return finetune_recipe(compose(*DATA, *overrides))
+
+
+def test_named_datasets_become_absolute_mappings():
+    train_path = finetune(BLEND).data.train_path
+    assert train_path["ocr"] == {"path": os.path.abspath("o.jsonl"), "weight": 1}
+    assert finetune("data.train_path=[a.jsonl,/b.jsonl]").data.train_path == [os.path.abspath("a.jsonl"), "/b.jsonl"]
 
 
 def demo(*overrides):

@@ -167,3 +167,15 @@ def test_count_truncated(batch, expected):
 )
 def test_format_seconds(seconds, text):
     assert format_seconds(seconds) == text
+
+
+def test_validation_sets_with_names_are_shown(toy_trainer, capsys):
+    model = ToyModel()
+
+    def validation_step(batch, batch_idx):
+        for name, value in (("val_loss", 2.0), ("val_loss_chat", 1.0), ("val_loss_ocr", 3.0)):
+            model.log(name, value, batch_size=4)
+
+    model.validation_step = validation_step
+    toy_trainer(TrainProgress(line_seconds=1000), max_steps=2, val_check_interval=2).fit(model, ToyData())
+    assert "validation at step 2: val_loss 2.0000 (chat 1.0000, ocr 3.0000, 0 s)" in capsys.readouterr().out

@@ -283,3 +283,30 @@ def test_a_launcher_can_import_it_without_torch():
 def test_fingerprint_of_a_folder_of_shards(dataset):
     result = file_fingerprint(dataset / "images")
     assert (result["files"], result["missing"], result["bytes"]) == (3, 0, 35)
+
+
+def test_fingerprint_of_shards_with_metadata(tmp_path):
+    """Metadata and indices by content, wherever the folder lies; its other files don't matter."""
+    for name in ("one", "two"):
+        (tmp_path / name / "shards" / ".nv-meta").mkdir(parents=True)
+        (tmp_path / name / "shards" / ".nv-meta" / "split.yaml").write_text("split_parts: {}")
+        (tmp_path / name / "shards" / "train-00000.tar").write_text("tar")
+        (tmp_path / name / "shards" / "train-00000.tar.idx").write_text("index")
+    (tmp_path / "two" / "notes.txt").write_text("x")
+
+    def fingerprint(name):
+        (found,) = data_fingerprint([tmp_path / name], None)["files"].values()
+        return found
+
+    assert fingerprint("one") == fingerprint("two") and fingerprint("one")["files"] == 1
+    (tmp_path / "two" / "shards" / "train-00000.tar.idx").write_text("other")
+    assert fingerprint("one") != fingerprint("two")
+
+
+def test_fingerprint_of_files_with_image_folders_of_their_own(dataset):
+    files = [str(dataset / "train.jsonl"), str(dataset / "val.json")]
+    shared = data_fingerprint(files, str(dataset / "images"))
+    assert data_fingerprint(files, dict.fromkeys(files, str(dataset / "images"))) == shared
+    apart = data_fingerprint(files, {files[0]: str(dataset / "images"), files[1]: str(dataset)})
+    assert [images["folder"] for images in apart["images"]] == [str(dataset / "images"), str(dataset)]
+    assert "images" not in data_fingerprint(files, dict.fromkeys(files))

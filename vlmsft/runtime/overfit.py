@@ -16,8 +16,9 @@ from vlmsft.runtime.logging import console
 from vlmsft.runtime.progress import read_metric
 
 if TYPE_CHECKING:
-    from vlmsft.data.dataset import ConversationDataset
+    from vlmsft.data.blend import Samples
     from vlmsft.data.encode import EncodedSample
+    from vlmsft.data.energon import EnergonDataModule
     from vlmsft.data.preloaded import PreloadedDataModule
     from vlmsft.mllama.model import MLlamaModel
 
@@ -39,14 +40,14 @@ class OverfitCheck(pl.Callback):
 
     @torch.no_grad()
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        data: PreloadedDataModule = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue] # set by fit()
+        data: PreloadedDataModule | EnergonDataModule = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue] # set by fit()
         model, loader = cast("MLlamaModel", pl_module), data.val_dataloader()
         if isinstance(loader, list):
             found, remedy = "no validation set", "Set data.validation_path, or trainer.callbacks.overfit=null"
             expected = "one that is part of the training samples"
             self._problems = [Problem(type(self).__name__, found, expected, remedy)]
             return
-        dataset = cast("ConversationDataset", loader.dataset)
+        dataset = cast("Samples", loader.dataset)
         samples = [dataset.sample(index) for index in range(len(dataset))]
         pad, size = dataset.encoder.pad_token_id, data.micro_batch_size
         model.eval()

@@ -24,6 +24,8 @@ from rich.text import Text
 from vlmsft.runtime import logging as run_logging
 from vlmsft.runtime.skipped import num_skipped
 
+SET_PREFIX = "val_loss_"
+"""Of the metrics of validation sets with names."""
 TRUNCATED_KEY = "num_truncated_tokens"
 WINDOW_SECONDS = 60.0
 
@@ -126,7 +128,13 @@ class TrainProgress(ProgressBar):
         if self._bar:
             self._bar.update(_VALIDATION, visible=False)
         loss = "none logged" if self._last_val_loss is None else f"{self._last_val_loss:.4f}"
-        self.print(f"validation at step {trainer.global_step}: val_loss {loss} ({format_seconds(seconds)})")
+        sets = [
+            f"{name.removeprefix(SET_PREFIX)} {float(value):.4f}"
+            for name, value in trainer.callback_metrics.items()
+            if name.startswith(SET_PREFIX)
+        ]
+        details = ", ".join([*sets, format_seconds(seconds)])
+        self.print(f"validation at step {trainer.global_step}: val_loss {loss} ({details})")
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         self._pause.begin(time.monotonic())
