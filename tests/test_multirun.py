@@ -11,7 +11,7 @@ from vlmsft.runtime import logging as run_logging
 
 def start(run_dir: str, is_submitted: bool = False, dry_run: bool = False) -> train.Start:
     job = SimpleNamespace(run_dir=run_dir)
-    return train.Start(job, None, is_submitted, dry_run, 1, "", [f"id={run_dir}"], [], None)
+    return train.Start(job, None, is_submitted, dry_run, 1, "", [f"id={run_dir}"], {})
 
 
 @pytest.fixture
