@@ -10,7 +10,18 @@ import json
 from pathlib import Path
 
 import pytest
-from train_cases import CHECKPOINT_AFTER, KILLED_AFTER, RUNS, Job, largest_difference, metrics, run_jobs
+from train_cases import (
+    CHECKPOINT_AFTER,
+    KILLED_AFTER,
+    RUNS,
+    Job,
+    largest_difference,
+    metrics,
+    run_jobs,
+    write_sample_shards,
+)
+
+from vlmsft.config_files import sample_set
 
 pytestmark = pytest.mark.nemo
 
@@ -19,6 +30,10 @@ DEMO = ["experiment=demo", "trainer.callbacks.overfit=null", "optim.warmup_steps
 SHORT = [f"trainer.max_steps={STEPS}", f"trainer.val_check_interval={VALIDATE_EVERY}", "log.ckpt.save_top_k=-1"]
 LORA = ["peft=lora", "peft.dropout=0.2", "optim.max_lr=2e-2"]
 TWO_RANKS = "trainer.devices=2"
+BLEND = [
+    f"data.train_path={{chat:{{path:{sample_set()}/train.jsonl,weight:3}},ocr:{{path:{sample_set()}/validation.jsonl,weight:1}}}}",
+    f"data.validation_path={{seen:{sample_set()}/validation.jsonl,all:{sample_set()}/train.jsonl}}",
+]
 TP2 = [TWO_RANKS, "strategy.tensor_model_parallel_size=2"]
 
 
@@ -35,6 +50,8 @@ class Runs:
 
     def __init__(self, folder: Path):
         self.folder = folder
+        write_sample_shards(folder / "shards")
+        self.energon = ["data=energon", f"data.path={folder / 'shards'}", "data.max_samples_per_sequence=5"]
         run_jobs(folder, self.one_process())
         run_jobs(folder, self.two_processes(), num_processes=2)
         run_jobs(folder, self.resumed())
@@ -66,6 +83,8 @@ class Runs:
                 *frozen_text,
                 watch("ChangedParameters", self.folder / "frozen-text.json"),
             ),
+            self.job("energon", *self.energon, watch("ExactValidationLoss", self.folder / "exact-energon.json")),
+            self.job("blend", *BLEND, watch("ExactValidationLoss", self.folder / "exact-sets.json")),
         ]
 
     def two_processes(self) -> list[Job]:
@@ -73,7 +92,13 @@ class Runs:
             self.job("tp2", *TP2),
             self.job("tp2-resumed", *TP2, cut_from="tp2"),
             self.job("dp2", TWO_RANKS, *batches(4, 2)),
+            self.job("blend-dp2", *BLEND, TWO_RANKS, *batches(4, 1)),
+            *self.energon_of_two_ranks(),
         ]
+
+    def energon_of_two_ranks(self) -> list[Job]:
+        options = [*self.energon, TWO_RANKS, *batches(4, 1), "data.num_workers=2"]
+        return [self.job("energon-dp2", *options), self.job("energon-dp2-resumed", *options, cut_from="energon-dp2")]
 
     def resumed(self) -> list[Job]:
         return [
@@ -81,6 +106,8 @@ class Runs:
             self.job("resumed-mb1", *batches(4, 1), cut_from="reference"),
             self.job("lora-resumed", *LORA, cut_from="lora"),
             self.job("tp2-tp1", cut_from="tp2"),
+            self.job("energon-resumed", *self.energon, cut_from="energon"),
+            self.job("blend-resumed", *BLEND, *batches(4, 2), cut_from="blend-dp2"),
         ]
 
 
@@ -111,7 +138,15 @@ def test_losses_do_not_depend_on_how_a_global_batch_is_computed(runs, reference,
     assert_same(metrics(runs.of(name)), reference, 1e-4)
 
 
-@pytest.mark.parametrize(("name", "uninterrupted"), [("resumed", "reference"), ("tp2-resumed", "tp2")])
+@pytest.mark.parametrize(
+    ("name", "uninterrupted"),
+    [
+        ("resumed", "reference"),
+        ("tp2-resumed", "tp2"),
+        ("energon-resumed", "energon"),
+        ("energon-dp2-resumed", "energon-dp2"),
+    ],
+)
 def test_resumed_run_equals_the_one_that_never_stopped(runs, name, uninterrupted):
     assert_same(metrics(runs.of(name)), metrics(runs.of(uninterrupted)), 1e-6)
 
@@ -120,6 +155,27 @@ def test_resumed_run_equals_the_one_that_never_stopped(runs, name, uninterrupted
 def test_a_run_resumes_with_another_micro_batch_and_another_tensor_parallel_size(runs, reference, name):
     """With the optimizer: fresh moments would part from the reference at the second step."""
     assert_same(metrics(runs.of(name)), reference, 1e-4)
+
+
+@pytest.mark.parametrize("name", ["blend-dp2", "blend-resumed"])
+def test_a_blend_depends_on_its_weights_only(runs, name):
+    """Two ranks, then one that goes on from their checkpoint."""
+    assert_same(metrics(runs.of(name)), metrics(runs.of("blend")), 1e-4)
+
+
+def test_energon_trains_in_an_order_of_its_own_and_validates_as_preloaded(runs, reference):
+    found = metrics(runs.of("energon"))
+    assert largest_difference(found["reduced_train_loss"], reference["reduced_train_loss"]) > 1e-3
+    exact = json.loads((runs.folder / "exact-energon.json").read_text())
+    assert found["val_loss"][-1] == pytest.approx(exact["val_loss"], rel=1e-6)
+
+
+def test_each_named_validation_set_has_its_loss_and_val_loss_is_that_of_all(runs):
+    exact = json.loads((runs.folder / "exact-sets.json").read_text())
+    assert set(exact) == {"val_loss", "val_loss_seen", "val_loss_all"}
+    found = metrics(runs.of("blend"))
+    for name, value in exact.items():
+        assert found[name][-1] == pytest.approx(value, rel=1e-6), name
 
 
 def test_dropout_after_a_resume_is_that_of_the_run_that_never_stopped(runs, reference):
@@ -138,7 +194,7 @@ def test_rows_of_steps_that_a_kill_took_back_are_kept_aside(runs):
 @pytest.mark.parametrize(("name", "file"), [("reference", "exact-4.json"), ("gb20", "exact-20.json")])
 def test_val_loss_is_the_mean_over_all_answer_tokens(runs, name, file):
     """48 samples: also when the last global batch of 20 holds only 8 of them."""
-    exact = json.loads((runs.folder / file).read_text())
+    exact = json.loads((runs.folder / file).read_text())["val_loss"]
     assert metrics(runs.of(name))["val_loss"][-1] == pytest.approx(exact, rel=1e-6)
 
 

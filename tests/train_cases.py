@@ -17,6 +17,8 @@ from pathlib import Path
 import lightning.pytorch as pl
 import torch
 
+from vlmsft.config_files import sample_set
+
 TESTS = Path(__file__).parent
 RUNS = Path("runs/demo")
 """Where the demo leaves its runs, from a worker's working directory."""
@@ -79,6 +81,21 @@ def _environment(rank: int, num_processes: int) -> dict[str, str]:
         "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // num_processes)),
     }
     return {**os.environ, **ours}
+
+
+def write_sample_shards(folder: Path) -> None:
+    """The packaged sample set as shards, as `vlmsft.prepare dataset=sample` writes them."""
+    from vlmsft.data.prepare import energon, shards
+    from vlmsft.data.records import RecordFile
+
+    sample, counts = Path(sample_set()), {}
+    folder.mkdir()
+    for prefix, name in (("train", "train.jsonl"), ("val", "validation.jsonl")):
+        limits = {"max_mb": 0.5, "max_records": 1000, "shuffle_seed": None}
+        for shard in shards.plan(folder, prefix, RecordFile(sample / name), sample / "images", **limits):
+            written = shards.write(shard)
+            counts[written.name] = written.num_records
+    energon.write_metadata(folder, counts, num_workers=1)
 
 
 def free_ports(count: int) -> list[int]:
@@ -192,7 +209,8 @@ class ChangedParameters(pl.Callback):
 
 
 class ExactValidationLoss(pl.Callback):
-    """Writes the mean loss over all answer tokens of the validation set to `path`, from one sample at a time."""
+    """Writes the mean loss over all answer tokens of validation to `path`, from one sample at a time: a mapping of
+    "val_loss", and of "val_loss_<name>" where the sets have names."""
 
     def __init__(self, path: str):
         self.path = path
@@ -201,13 +219,16 @@ class ExactValidationLoss(pl.Callback):
     def on_validation_end(self, trainer, pl_module) -> None:
         from vlmsft.data.collate import collate
 
-        dataset = trainer.datamodule._validation
-        loss_sum = num_tokens = 0.0
+        data = trainer.datamodule._validation
+        names = [f"val_loss_{name}" for name in getattr(data, "names", None) or []]
+        sums = {name: [0.0, 0.0] for name in ("val_loss", *names)}
         pl_module.eval()
-        for index in range(len(dataset)):
-            batch = pl_module.data_step(iter([collate([dataset.sample(index)], dataset.encoder.pad_token_id)]))
-            losses = pl_module.forward_step(batch)
-            loss_sum += float((losses * batch["loss_mask"]).double().sum())
-            num_tokens += float(batch["loss_mask"].sum())
+        for number, dataset in enumerate(getattr(data, "datasets", [data])):
+            for index in range(len(dataset)):
+                batch = pl_module.data_step(iter([collate([dataset.sample(index)], dataset.encoder.pad_token_id)]))
+                losses = pl_module.forward_step(batch)
+                for name in ("val_loss", *names[number : number + 1]):
+                    sums[name][0] += float((losses * batch["loss_mask"]).double().sum())
+                    sums[name][1] += float(batch["loss_mask"].sum())
         pl_module.train()
-        Path(self.path).write_text(json.dumps(loss_sum / num_tokens))
+        Path(self.path).write_text(json.dumps({name: loss / tokens for name, (loss, tokens) in sums.items()}))
