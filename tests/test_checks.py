@@ -197,3 +197,8 @@ def test_broken_record_is_named_with_its_line(tmp_path):
     path.write_text(json.dumps(record) + "\n{broken\n")
     where = " ".join(problem.where for problem in problems("experiment=demo", f"data.train_path={path}"))
     assert f"{path}:1" in where and f"{path}:2" in where
+
+
+def test_a_missing_folder_of_shards_is_named_once_with_the_command_that_makes_it():
+    (problem,) = problems("experiment=demo", "data=energon", "data.path=/nowhere")
+    assert "python -m vlmsft.prepare dataset=sample" in problem.remedy

@@ -68,7 +68,8 @@ def test_all_at_once(refused):
     )
     assert message.startswith("7 problems")
     for expected in (
-        "experiment: found 'demos', expected one of demo, llava_instruct_ja, llava_instruct_ja_energon, lora. Did you mean 'demo'?",
+        "experiment: found 'demos', expected one of demo, llava_instruct_ja, llava_instruct_ja_energon, lora. ",
+        "Did you mean 'demo'?",
         "Did you mean 'optim.max_lr'?",
         "Did you mean 'strategy'?",
         "data: found 'energy', expected one of energon, preloaded",

@@ -544,13 +544,15 @@ def data_shards(facts: Facts) -> Iterator[Problem]:
         return
     from vlmsft.data.energon_shards import ShardFolder
 
-    sizes = facts.whole("data.num_workers")
+    sizes, said = facts.whole("data.num_workers"), set()
     for split, key in (("train", "data.path"), ("val", "data.validation_path")):
         for source in (source for source in facts.datasets if source.key.startswith(key)):
             try:
                 num_samples = len(ShardFolder.open(source.path, split, source.key))
-            except UserError as error:
-                yield from error.problems
+            except UserError as error:  # a folder that isn't there is none for validation either
+                new = {problem.found: problem for problem in error.problems if problem.found not in said}
+                said.update(new)
+                yield from new.values()
                 continue
             if split == "train" and sizes is not None and facts.data_parallel_size is not None:
                 workers = max(1, sizes[0]) * facts.data_parallel_size

@@ -78,7 +78,9 @@ def problems(folder: Path, split: str = "train") -> str:
 
 
 def test_a_missing_folder_names_the_command_that_makes_one(tmp_path):
-    assert "vlmsft prepare" in problems(tmp_path / "none") and "no such folder" in problems(tmp_path / "none")
+    assert "python -m vlmsft.prepare dataset=sample" in problems(tmp_path / "none") and "no such folder" in problems(
+        tmp_path / "none"
+    )
     assert "no .nv-meta in" in problems(tmp_path)
 
 

@@ -38,9 +38,7 @@ META, SHARDS = ".nv-meta", "shards"
 RECORD_PART = "json"
 _PART = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")  # Energon's split_name_re: key, part
 _IMAGE_PART = re.compile(r"^(?:(\d+)\.[^.]+|jpe?g|png|webp|gif|bmp|tiff?)$", re.IGNORECASE)
-_PREPARE = (
-    "Shards are written by `vlmsft prepare` (dataset=sample for the demo) or, with their metadata, `energon prepare`"
-)
+_PREPARE = "The demo's: python -m vlmsft.prepare dataset=sample; your own: dataset=local"
 
 
 @dataclass(frozen=True)
