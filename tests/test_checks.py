@@ -82,14 +82,14 @@ CASES = [
     ),
     (["data.validation_path=null"], "log.ckpt.every_n_train_steps", "a number of steps"),
     (
-        ["trainer.limit_val_batches=0", "log.ckpt.every_n_train_steps=100"],
+        ["trainer.limit_val_batches=0", "log.ckpt.every_n_train_steps=70"],
         "log.ckpt.every_n_train_steps",
-        "a divisor of trainer.max_steps 240",
+        "a divisor of trainer.max_steps 300",
     ),
     (
         ["trainer.limit_val_batches=0", "log.ckpt.train_time_interval={minutes: 15}"],
         "log.ckpt.every_n_train_steps",
-        "a divisor of trainer.max_steps 240",
+        "a divisor of trainer.max_steps 300",
     ),
     (["log.ckpt.monitor=null"], "log.ckpt.monitor", "the name of a metric"),
     (["log.ckpt.filename='{step}'"], "log.ckpt.filename", "a name with {val_loss:.4f}"),
@@ -139,10 +139,10 @@ def test_every_minimum_is_a_key():
 
 def test_what_a_run_without_validation_must_set():
     without = ["experiment=demo", "data.validation_path=null", "log.ckpt.monitor=reduced_train_loss"]
-    assert problems(*without, "log.ckpt.every_n_train_steps=120") == []
+    assert problems(*without, "log.ckpt.every_n_train_steps=150") == []
     assert problems(*without, "log.ckpt.train_time_interval={minutes: 1}", "trainer.val_check_interval=1000") == []
     (problem,) = problems(*without)
-    assert "log.ckpt.every_n_train_steps=120, or" in problem.remedy, "what it proposes is right"
+    assert "log.ckpt.every_n_train_steps=150, or" in problem.remedy, "what it proposes is right"
 
 
 def test_all_at_once():
