@@ -90,10 +90,10 @@ def test_a_whole_model_stays_itself(saved):
     assert merged(base) is base
 
 
+# in bf16 the rounding of merged weights would hide what is compared
+@pytest.mark.parametrize("saved", [torch.float32], ids=["fp32"], indirect=True)
 def test_peft_loads_the_adapter_and_gives_what_merged_weights_give(saved, tmp_path):
-    hf, weights, checkpoint = saved
-    if weights["language_model.output_layer.weight"].dtype != torch.float32:
-        pytest.skip("rounding of merged bf16 weights hides what is compared")
+    hf, _, checkpoint = saved
     write_adapter(tmp_path, checkpoint, checkpoint.base.sizes, str(hf))
     inputs = model_inputs()
     base = load(str(hf), dtype="auto")
