@@ -173,7 +173,7 @@ def test_command(monkeypatch, capfd, tmp_path):
         return code, *capfd.readouterr()
 
     code, out, _ = plan("experiment=demo")
-    assert code == 0 and "optim.config.lr = 0.004" in out and "parameters: 9" in out
+    assert code == 0 and "optim.config.lr = 0.003" in out and "parameters: 9" in out
     code, out, message = plan("experiment=lora", "peft=lora_tower", *DATA)
     assert code == 2 and "LoRA: 5.177 M, trains" in out and "GiB per GPU" in out
     for key in ("data.train_path", "data.validation_path", "restore_from"):
