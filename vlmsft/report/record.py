@@ -69,7 +69,7 @@ class RunRecord:
     commit: of the code; "" where it isn't known
     config: flat, {"optim.max_lr": 1e-3}
     metrics: METRICS' names, and "<task>/<metric>" of the newest evaluation; None or no key = not measured. NaN is kept
-    curves: reads all rows (see vlmsft.runtime.metrics.COLUMNS; W&B's runs have the same names); empty where there are none
+    curves: reads all rows, columns as vlmsft.runtime.metrics.COLUMNS whatever the source; empty where there are none
     answers: of the last validation
     notes: what could not be read, e.g. "metrics.csv: last row cut off"
     """

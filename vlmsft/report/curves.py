@@ -1,0 +1,135 @@
+"""What a run logged by step, as compact numbers for a page."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from vlmsft.report.downsample import MOST_POINTS, keep_extremes
+
+DIGITS = 5
+"""Significant ones, of values: finer than a pixel."""
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A column of metrics.csv that gets a plot."""
+
+    column: str
+    title: str
+    is_loss: bool = False  # can have a logarithmic scale
+
+
+CURVES = (
+    Curve("reduced_train_loss", "training loss", is_loss=True),
+    Curve("val_loss", "validation loss", is_loss=True),
+    Curve("lr", "learning rate"),
+    Curve("grad_norm", "gradient norm", is_loss=True),
+    Curve("samples_per_second", "samples/s"),
+    Curve("tokens_per_second", "tokens/s"),
+    Curve("tflops_per_second_per_gpu", "TFLOP/s per GPU"),
+    Curve("mfu", "model FLOP/s utilisation"),
+    Curve("data_wait_fraction", "share of a step that waits for data"),
+    Curve("peak_memory_gib", "peak memory, GiB"),
+)
+AXES = {"step": "optimizer steps", "samples": "samples", "tokens": "tokens", "hours": "hours of training"}
+
+
+def curves_of(frames: Iterable[pd.DataFrame]) -> list[Curve]:
+    """Those that at least one run has a value of; each named validation set's loss after `val_loss`."""
+    there = {name for frame in frames for name in frame.columns if frame[name].notna().any()}
+    known = {curve.column for curve in CURVES}
+    named = [name for name in sorted(there - known) if name.startswith("val_loss")]
+    sets = [Curve(name, f"validation loss{name.removeprefix('val_loss')}", is_loss=True) for name in named]
+    at = next(place for place, curve in enumerate(CURVES) if curve.column == "val_loss") + 1
+    return [curve for curve in (*CURVES[:at], *sets, *CURVES[at:]) if curve.column in there]
+
+
+def absent(present: Sequence[Curve]) -> list[str]:
+    """Titles of the usual plots that there are no data for."""
+    return [curve.title for curve in CURVES if curve not in present]
+
+
+def points(frame: pd.DataFrame, column: str, most: int = MOST_POINTS) -> tuple[np.ndarray, np.ndarray]:
+    """(steps, values) of at most `most` points; rows that lack the value are left out, NaN that was logged stays.
+
+    frame: see `numbers`
+    """
+    if column not in frame or "step" not in frame:
+        return np.array([]), np.array([])
+    rows = frame[frame[column].notna()]
+    values = rows[column].to_numpy(float)
+    kept = keep_extremes(values, most)
+    return rows["step"].to_numpy(float)[kept], values[kept]
+
+
+def axes(frame: pd.DataFrame, most: int = MOST_POINTS // 4) -> dict[str, np.ndarray]:
+    """{"step", "samples", "tokens", "hours"}: each (N,), N <= most, rising; only those that were logged.
+
+    Between two of these points an axis is taken as straight: a page needs no x for each curve and axis.
+    """
+    if "step" not in frame or frame.empty:
+        return {}
+    found = {"step": frame["step"].to_numpy(float)}
+    if "consumed_samples" in frame:
+        found["samples"] = _filled(frame["consumed_samples"].to_numpy(float))
+    if "elapsed_seconds" in frame:
+        found["hours"] = without_restarts(_filled(frame["elapsed_seconds"].to_numpy(float))) / 3600
+    if (tokens := consumed_tokens(frame, found.get("samples"))) is not None:
+        found["tokens"] = tokens
+    found = {name: values for name, values in found.items() if np.isfinite(values).any()}
+    if len(frame) <= most:
+        return found
+    rows = np.unique(np.linspace(0, len(frame) - 1, most).astype(int))
+    return {name: values[rows] for name, values in found.items()}
+
+
+def consumed_tokens(frame: pd.DataFrame, samples: np.ndarray | None) -> np.ndarray | None:
+    """As logged, or else added up from tokens/s over samples/s times the samples of each row; None where neither is."""
+    if "consumed_tokens" in frame:
+        return _filled(frame["consumed_tokens"].to_numpy(float))
+    if samples is None or not {"tokens_per_second", "samples_per_second"} <= {*frame.columns}:
+        return None
+    per_sample = frame["tokens_per_second"].to_numpy(float) / frame["samples_per_second"].to_numpy(float)
+    if not np.isfinite(per_sample).any():
+        return None
+    steps = np.diff(np.nan_to_num(samples), prepend=0)
+    return np.cumsum(steps * _filled(per_sample))
+
+
+def without_restarts(seconds: np.ndarray) -> np.ndarray:
+    """A resumed run counts from 0 again: here it goes on from where it was."""
+    falls = np.diff(seconds, prepend=seconds[:1]) < 0
+    before = np.concatenate([[0.0], seconds[:-1]])
+    return seconds + np.cumsum(np.where(falls, before, 0.0))
+
+
+def _filled(values: np.ndarray) -> np.ndarray:
+    """Empty cells (rows of a validation alone) get the value of the row before, the first ones of the row after."""
+    return pd.Series(values).ffill().bfill().to_numpy()
+
+
+def rounded(values: np.ndarray) -> list[float | int | None]:
+    """DIGITS significant digits; None for NaN and infinities, which JSON has no name for."""
+    return [_rounded(value) for value in np.asarray(values, dtype=float).tolist()]
+
+
+def _rounded(value: float) -> float | int | None:
+    if not np.isfinite(value):
+        return None
+    short = float(f"{value:.{DIGITS}g}")
+    return int(short) if short.is_integer() and abs(short) < 1e15 else short
+
+
+def compact(frame: pd.DataFrame, curves: Sequence[Curve]) -> dict[str, Any]:
+    """One run's part of the page's data: {"axes": {name: values}, "curves": {column: [steps, values]}}."""
+    found: dict[str, Any] = {}
+    for curve in curves:
+        steps, values = points(frame, curve.column)
+        if len(steps):
+            found[curve.column] = [[int(step) for step in steps], rounded(values)]
+    return {"axes": {name: [float(f"{v:.7g}") for v in x.tolist()] for name, x in axes(frame).items()}, "curves": found}

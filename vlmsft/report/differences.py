@@ -1,0 +1,83 @@
+"""Which config keys differ between runs, and which of them someone chose."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from vlmsft.report.record import RunRecord
+
+IDENTITY = ("id", "run_dir", "sweep.id", "sweep.num", "sweep.varies")
+"""Differ in any two runs, and say nothing."""
+
+
+def differing_keys(runs: Sequence[RunRecord]) -> list[str]:
+    """Keys whose values are not the same in all runs (missing is a value of its own), in the order of the configs.
+
+    Left out: what names the run itself, such as its folder and paths below it.
+    """
+    keys = dict.fromkeys(key for run in runs for key in run.config if key not in IDENTITY)
+    return [key for key in keys if _differs(key, runs)]
+
+
+def _differs(key: str, runs: Sequence[RunRecord]) -> bool:
+    if len({_comparable(run.config, key) for run in runs}) == 1:
+        return False
+    return len({_comparable(run.config, key).replace(run.id, "<id>") for run in runs}) > 1
+
+
+def _comparable(config: Mapping[str, Any], key: str) -> str:
+    return json.dumps(config[key], sort_keys=True, default=str) if key in config else ""
+
+
+def swept_keys(runs: Sequence[RunRecord]) -> list[str]:
+    """Differing keys that every run has with a number, a word or a switch: those that a plot can have as an axis.
+
+    Keys that always change together (one interpolates the other) come once, the first of them.
+    """
+    found: dict[tuple[int, ...], str] = {}
+    for key in differing_keys(runs):
+        values = [run.config.get(key) for run in runs]
+        if any(isinstance(value, (list, dict)) for value in values) or all(value is None for value in values):
+            continue
+        order: dict[str, int] = {}
+        pattern = tuple(order.setdefault(_comparable(run.config, key), len(order)) for run in runs)
+        found.setdefault(pattern, key)
+    return list(found.values())
+
+
+def short_names(keys: Sequence[str]) -> dict[str, str]:
+    """{"optim.max_lr": "max_lr"}; as many parts from the end as tell them apart."""
+    short: dict[str, str] = {}
+    for key in keys:
+        parts = key.split(".")
+        ends = (".".join(parts[-count:]) for count in range(1, len(parts) + 1))
+        short[key] = next(end for end in ends if _is_only_one(end, keys))
+    return short
+
+
+def _is_only_one(end: str, keys: Sequence[str]) -> bool:
+    return sum(f".{key}".endswith(f".{end}") for key in keys) == 1
+
+
+def labels(runs: Sequence[RunRecord]) -> list[str]:
+    """What each run is called in plots: what varies, where up to three keys do and tell the runs apart."""
+    keys = swept_keys(runs)
+    names = short_names(keys)
+    varied = [" ".join(f"{names[key]}={show(run.config.get(key))}" for key in keys) for run in runs]
+    if 1 <= len(keys) <= 3 and len(set(varied)) == len(runs):
+        return varied
+    if len({run.name for run in runs}) == 1 and len({run.id for run in runs}) == len(runs):
+        return [run.id for run in runs]
+    full = [run.label for run in runs]
+    return full if len(set(full)) == len(runs) else [run.location for run in runs]
+
+
+def show(value: Any) -> str:
+    """As a person writes it: 0.001, 3e-05, true."""
+    if isinstance(value, bool) or value is None:
+        return {True: "true", False: "false", None: "null"}[value]
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
