@@ -41,7 +41,7 @@ AXES = {"step": "optimizer steps", "samples": "samples", "tokens": "tokens", "ho
 
 def curves_of(frames: Iterable[pd.DataFrame]) -> list[Curve]:
     """Those that at least one run has a value of; each named validation set's loss after `val_loss`."""
-    there = {name for frame in frames for name in frame.columns if frame[name].notna().any()}
+    there = {name for frame in frames for name in frame.columns if _has(frame, name)}
     known = {curve.column for curve in CURVES}
     named = [name for name in sorted(there - known) if name.startswith("val_loss")]
     sets = [Curve(name, f"validation loss{name.removeprefix('val_loss')}", is_loss=True) for name in named]
@@ -55,16 +55,19 @@ def absent(present: Sequence[Curve]) -> list[str]:
 
 
 def points(frame: pd.DataFrame, column: str, most: int = MOST_POINTS) -> tuple[np.ndarray, np.ndarray]:
-    """(steps, values) of at most `most` points; rows that lack the value are left out, NaN that was logged stays.
+    """(steps, values) of at most `most` points. Rows that lack the value are left out.
 
-    frame: see `numbers`
+    A training loss that is missing beside a learning rate was NaN: it stays, as a gap.
     """
-    if column not in frame or "step" not in frame:
+    if not _has(frame, column) or "step" not in frame:
         return np.array([]), np.array([])
-    rows = frame[frame[column].notna()]
-    values = rows[column].to_numpy(float)
+    steps, values = _array(frame, "step"), _array(frame, column)
+    logged = ~np.isnan(values)
+    if column == "reduced_train_loss" and "lr" in frame:
+        logged |= ~np.isnan(_array(frame, "lr"))
+    steps, values = steps[logged], values[logged]
     kept = keep_extremes(values, most)
-    return rows["step"].to_numpy(float)[kept], values[kept]
+    return steps[kept], values[kept]
 
 
 def axes(frame: pd.DataFrame, most: int = MOST_POINTS // 4) -> dict[str, np.ndarray]:
@@ -74,11 +77,11 @@ def axes(frame: pd.DataFrame, most: int = MOST_POINTS // 4) -> dict[str, np.ndar
     """
     if "step" not in frame or frame.empty:
         return {}
-    found = {"step": frame["step"].to_numpy(float)}
+    found = {"step": _array(frame, "step")}
     if "consumed_samples" in frame:
-        found["samples"] = _filled(frame["consumed_samples"].to_numpy(float))
+        found["samples"] = _filled(_array(frame, "consumed_samples"))
     if "elapsed_seconds" in frame:
-        found["hours"] = without_restarts(_filled(frame["elapsed_seconds"].to_numpy(float))) / 3600
+        found["hours"] = without_restarts(_filled(_array(frame, "elapsed_seconds"))) / 3600
     if (tokens := consumed_tokens(frame, found.get("samples"))) is not None:
         found["tokens"] = tokens
     found = {name: values for name, values in found.items() if np.isfinite(values).any()}
@@ -91,10 +94,10 @@ def axes(frame: pd.DataFrame, most: int = MOST_POINTS // 4) -> dict[str, np.ndar
 def consumed_tokens(frame: pd.DataFrame, samples: np.ndarray | None) -> np.ndarray | None:
     """As logged, or else added up from tokens/s over samples/s times the samples of each row; None where neither is."""
     if "consumed_tokens" in frame:
-        return _filled(frame["consumed_tokens"].to_numpy(float))
+        return _filled(_array(frame, "consumed_tokens"))
     if samples is None or not {"tokens_per_second", "samples_per_second"} <= {*frame.columns}:
         return None
-    per_sample = frame["tokens_per_second"].to_numpy(float) / frame["samples_per_second"].to_numpy(float)
+    per_sample = _array(frame, "tokens_per_second") / _array(frame, "samples_per_second")
     if not np.isfinite(per_sample).any():
         return None
     steps = np.diff(np.nan_to_num(samples), prepend=0)
@@ -108,9 +111,17 @@ def without_restarts(seconds: np.ndarray) -> np.ndarray:
     return seconds + np.cumsum(np.where(falls, before, 0.0))
 
 
+def _has(frame: pd.DataFrame, column: str) -> bool:
+    return column in frame and bool(frame[column].notna().to_numpy().any())
+
+
+def _array(frame: pd.DataFrame, column: str) -> np.ndarray:
+    return np.asarray(frame[column], dtype=float)
+
+
 def _filled(values: np.ndarray) -> np.ndarray:
     """Empty cells (rows of a validation alone) get the value of the row before, the first ones of the row after."""
-    return pd.Series(values).ffill().bfill().to_numpy()
+    return np.asarray(pd.Series(values).ffill().bfill())
 
 
 def rounded(values: np.ndarray) -> list[float | int | None]:

@@ -1,4 +1,4 @@
-"""Which config keys differ between runs, and which of them someone chose."""
+"""Which config keys differ between runs, and how keys and values are written."""
 
 from __future__ import annotations
 
@@ -22,29 +22,14 @@ def differing_keys(runs: Sequence[RunRecord]) -> list[str]:
 
 
 def _differs(key: str, runs: Sequence[RunRecord]) -> bool:
-    if len({_comparable(run.config, key) for run in runs}) == 1:
+    if len({comparable(run.config, key) for run in runs}) == 1:
         return False
-    return len({_comparable(run.config, key).replace(run.id, "<id>") for run in runs}) > 1
+    return len({comparable(run.config, key).replace(run.id, "<id>") for run in runs}) > 1
 
 
-def _comparable(config: Mapping[str, Any], key: str) -> str:
+def comparable(config: Mapping[str, Any], key: str) -> str:
+    """A value as text; "" for a key that is not there."""
     return json.dumps(config[key], sort_keys=True, default=str) if key in config else ""
-
-
-def swept_keys(runs: Sequence[RunRecord]) -> list[str]:
-    """Differing keys that every run has with a number, a word or a switch: those that a plot can have as an axis.
-
-    Keys that always change together (one interpolates the other) come once, the first of them.
-    """
-    found: dict[tuple[int, ...], str] = {}
-    for key in differing_keys(runs):
-        values = [run.config.get(key) for run in runs]
-        if any(isinstance(value, (list, dict)) for value in values) or all(value is None for value in values):
-            continue
-        order: dict[str, int] = {}
-        pattern = tuple(order.setdefault(_comparable(run.config, key), len(order)) for run in runs)
-        found.setdefault(pattern, key)
-    return list(found.values())
 
 
 def short_names(keys: Sequence[str]) -> dict[str, str]:
@@ -59,19 +44,6 @@ def short_names(keys: Sequence[str]) -> dict[str, str]:
 
 def _is_only_one(end: str, keys: Sequence[str]) -> bool:
     return sum(f".{key}".endswith(f".{end}") for key in keys) == 1
-
-
-def labels(runs: Sequence[RunRecord]) -> list[str]:
-    """What each run is called in plots: what varies, where up to three keys do and tell the runs apart."""
-    keys = swept_keys(runs)
-    names = short_names(keys)
-    varied = [" ".join(f"{names[key]}={show(run.config.get(key))}" for key in keys) for run in runs]
-    if 1 <= len(keys) <= 3 and len(set(varied)) == len(runs):
-        return varied
-    if len({run.name for run in runs}) == 1 and len({run.id for run in runs}) == len(runs):
-        return [run.id for run in runs]
-    full = [run.label for run in runs]
-    return full if len(set(full)) == len(runs) else [run.location for run in runs]
 
 
 def show(value: Any) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 
 MOST_POINTS = 1000
@@ -10,7 +12,7 @@ MOST_POINTS = 1000
 def keep_extremes(values: np.ndarray, most: int = MOST_POINTS) -> np.ndarray:
     """Indices, in order, of at most `most` points: the first, the last, and the lowest and highest of equal parts.
 
-    values: (N,); NaN and infinities are never an extreme, but a part that holds any keeps one, so that a gap stays a gap
+    values: (N,); NaN and infinities are no extremes, but a part that holds any keeps one, so that a gap stays a gap
     most: at least 5
     """
     values = np.asarray(values, dtype=np.float64)
@@ -21,7 +23,7 @@ def keep_extremes(values: np.ndarray, most: int = MOST_POINTS) -> np.ndarray:
     num_parts = (most - 2) // (2 if finite.all() else 3)
     edges = np.linspace(1, len(values) - 1, num_parts + 1).astype(int)
     kept = {0, len(values) - 1}
-    for start, end in zip(edges[:-1], edges[1:], strict=True):
+    for start, end in pairwise(edges.tolist()):
         kept.update(_of_part(values[start:end], finite[start:end], start))
     return np.array(sorted(kept))
 

@@ -137,11 +137,11 @@ def as_csv(table: RunTable) -> str:
 
 def as_markdown(table: RunTable) -> str:
     """Numbers of metrics in bold where no run has a better one."""
-    best = _best(table)
+    best = best_cells(table)
     lines = [_line([column.title for column in table.columns])]
     lines.append("|" + "|".join(" ---: " if column.is_metric else " --- " for column in table.columns) + "|")
     for number, row in enumerate(table.rows):
-        cells = [_cell(row, column) for column in table.columns]
+        cells = [cell_text(row, column) for column in table.columns]
         marked = [
             f"**{cell}**" if (number, column.key) in best else cell
             for cell, column in zip(cells, table.columns, strict=True)
@@ -155,11 +155,11 @@ def _line(cells: Sequence[str]) -> str:
     return "| " + " | ".join(escaped) + " |"
 
 
-def _cell(row: Mapping[str, Any], column: Column) -> str:
+def cell_text(row: Mapping[str, Any], column: Column) -> str:
     return _short(row[column.key], column) if column.key in row else ""
 
 
-def _best(table: RunTable) -> set[tuple[int, str]]:
+def best_cells(table: RunTable) -> set[tuple[int, str]]:
     """(row number, column key) of the best value of each metric that has a better way, where values differ."""
     found = set()
     for column in table.columns:
@@ -187,13 +187,13 @@ def _rich(table: RunTable, transposed: bool) -> RichTable:
     from rich.table import Table as RichTable
     from rich.text import Text
 
-    best = _best(table)
+    best = best_cells(table)
     cells = [[Text(column.title, style="bold") for column in table.columns]]
     for number, row in enumerate(table.rows):
         styles = ["bold green" if (number, column.key) in best else "" for column in table.columns]
         styles[1] = STATE_STYLES.get(str(row["state"]), "")
         cells.append(
-            [Text(_cell(row, column), style=style) for column, style in zip(table.columns, styles, strict=True)]
+            [Text(cell_text(row, column), style=style) for column, style in zip(table.columns, styles, strict=True)]
         )
     if transposed:
         cells = [list(line) for line in zip(*cells, strict=True)]
