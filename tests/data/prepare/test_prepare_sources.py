@@ -126,11 +126,13 @@ def test_a_broken_parquet_file(tmp_path):
         open_source(str(tmp_path / "x.parquet"), None, "train")
 
 
-def test_a_hub_that_cannot_be_reached(monkeypatch):
+def test_a_hub_that_cannot_be_reached(monkeypatch, request):
     import datasets
     import huggingface_hub.constants
 
     for module in (datasets.config, huggingface_hub.constants):
         monkeypatch.setattr(module, "HF_HUB_OFFLINE", True)
+    huggingface_hub.close_session()  # a client keeps what the variable was when it was made
+    request.addfinalizer(huggingface_hub.close_session)
     with pytest.raises(UserError, match=r"nobody/nothing .*can't be loaded.*dataset.conversations=records.jsonl"):
         open_source("nobody/nothing", None, "train")

@@ -99,7 +99,9 @@ def text(scan: Scan, settings: Settings) -> str:
 
 
 def _cut(line: str, most: int = 180) -> str:
-    return line if len(line) <= most else f"{line[: most - 3]}..."
+    """Without its middle where it is too long: a path stands at the start, what is wrong at the end."""
+    half = (most - 3) // 2
+    return line if len(line) <= most else f"{line[:half]}...{line[-half:]}"
 
 
 def html(scan: Scan, settings: Settings, subtitle: str, findings_name: str) -> str:
