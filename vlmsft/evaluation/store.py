@@ -82,6 +82,8 @@ class Score:
     metric: str
     score: float | None
     reason: str | None = None
+    out_of: float | None = None
+    group: str = ""
 
 
 class Store:
