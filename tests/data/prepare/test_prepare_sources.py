@@ -129,10 +129,11 @@ def test_a_broken_parquet_file(tmp_path):
 def test_a_hub_that_cannot_be_reached(monkeypatch, request):
     import datasets
     import huggingface_hub.constants
+    import huggingface_hub.utils
 
     for module in (datasets.config, huggingface_hub.constants):
         monkeypatch.setattr(module, "HF_HUB_OFFLINE", True)
-    huggingface_hub.close_session()  # a client keeps what the variable was when it was made
-    request.addfinalizer(huggingface_hub.close_session)
+    huggingface_hub.utils.reset_sessions()  # a session keeps what the variable was when it was made
+    request.addfinalizer(huggingface_hub.utils.reset_sessions)
     with pytest.raises(UserError, match=r"nobody/nothing .*can't be loaded.*dataset.conversations=records.jsonl"):
         open_source("nobody/nothing", None, "train")
