@@ -73,6 +73,7 @@ class Score:
     score: more is better. On the scale of the tutorial's table: percent (0 to 100) for accuracies, ROUGE and BLEU, a
         judge's own scale otherwise (1 to 5). None = missing: no answer, or no usable verdict; `reason` says which
     reason: for a number, what a reader should know of it (what was extracted, the judge's words); else why it's missing
+    out_of, group: of metrics that are no mean of their scores (vlmsft.evaluation.statistics.Value)
     """
 
     model: str
