@@ -1,4 +1,7 @@
-"""Questions from a file: training records, whose last answer becomes the reference, or {"id", "image", "prompt"}."""
+"""Questions from a file: training records, whose last answer becomes the reference, or {"id", "image", "prompt"}.
+
+Reading them imports no torch.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +10,13 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from vlmsft.data.encode import load_image
 from vlmsft.data.records import IMAGE_MARKER, RecordFile, Turn, image_path, named, parse
 from vlmsft.errors import Problem, UserError
-from vlmsft.generation.generate import Prompt
+
+if TYPE_CHECKING:
+    from vlmsft.generation.generate import Prompt
 
 PLACEHOLDER = {"from": "gpt", "value": "-"}
 """Stands for the answer of a conversation that ends with its question."""
@@ -47,6 +51,9 @@ class Question:
 
     def prompt(self, image_folder: str | None) -> Prompt:
         """Raises UserError for an image that can't be read."""
+        from vlmsft.data.encode import load_image
+        from vlmsft.generation.generate import Prompt
+
         images = tuple(load_image(image_path(name, image_folder), self.where) for name in self.images)
         return Prompt(self.turns, images)
 
@@ -113,6 +120,8 @@ def image_problems(
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Problem]:
     """Images that are missing, or, if there are at most `verify_images`, can't be read; each at its first question."""
+    from vlmsft.data.encode import load_image
+
     if image_folder is not None and not Path(image_folder).is_dir():
         return [
             Problem("image_folder", f"{image_folder}, which is no folder", "the folder that image names start from")
