@@ -11,6 +11,7 @@ import hydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig
 
+from vlmsft import feasibility
 from vlmsft.checks import CHECKS, CHECKS_OF_FILES, Facts
 from vlmsft.config_files import root
 from vlmsft.errors import Problem
@@ -38,7 +39,8 @@ def compose(*overrides: str, config_name: str = "train", with_hydra: bool = Fals
 def problems_of_values(cfg: DictConfig) -> list[Problem]:
     """What is wrong with the values themselves, wherever the files that they name may be."""
     facts = Facts(cfg, None)
-    return [problem for check in CHECKS if check not in CHECKS_OF_FILES for problem in check(facts)]
+    checks = [check for check in (*CHECKS, *feasibility.CHECKS) if check not in CHECKS_OF_FILES]
+    return [problem for check in checks for problem in check(facts)]
 
 
 def yaml_files() -> list[Path]:

@@ -5,7 +5,8 @@ import json
 import pytest
 from config_cases import DATA, compose
 
-from vlmsft.checks import CHECKS, MINIMA, Facts, find_problems
+from vlmsft.checks import CHECKS, MINIMA, find_problems, world_size_is_started
+from vlmsft.facts import Facts
 
 TEXT, VISION = "model.config.language_model_config", "model.config.vision_model_config"
 ELSEWHERE = "launch.executor={_target_: x}"  # the files are another machine's
@@ -161,7 +162,12 @@ def test_every_check_has_a_case():
     for overrides, where, _ in CASES:
         cfg = compose("experiment=demo", *overrides)
         caught |= {check for check in CHECKS if any(p.where == where for p in check(Facts(cfg, None)))}
-    assert caught == set(CHECKS)
+    assert caught == set(CHECKS) - {world_size_is_started}, "which has a test of its own"
+
+
+def test_started_processes_are_those_that_the_config_says():
+    (problem,) = problems("experiment=demo", "data.micro_batch_size=8", world_size=2)
+    assert problem.where == "trainer.devices" and "2 processes in all" in problem.expected
 
 
 def test_world_size_comes_from_the_launch_when_it_is_known():

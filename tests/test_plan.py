@@ -10,10 +10,10 @@ import pytest
 import torch
 from config_cases import DATA, compose
 
-from vlmsft.checks import Facts, shapes
+from vlmsft import estimates
+from vlmsft.facts import Facts, shapes
 from vlmsft.mllama.sizes import GIB, lora_hits, lora_matrices, parameter_counts
 from vlmsft.plan import can_be_counted, facts, num_samples, written_out
-from vlmsft.plan import memory as plan_memory
 from vlmsft.runtime import summary
 
 
@@ -151,7 +151,7 @@ def test_plan_says_what_the_summary_of_the_run_says(overrides):
     trainer = SimpleNamespace(datamodule=data, world_size=plan.data_parallel_size, strategy=strategy)
     assert summary.count_parameters(model) == plan.parameters
     assert summary._tokens_per_step(model, data) == plan.tokens_per_step
-    memory = plan_memory(cfg, *shapes(cfg), plan.data_parallel_size).peak
+    memory = estimates.memory(cfg).peak
     assert summary.memory_gib(trainer, model) == pytest.approx(memory / GIB)
 
 

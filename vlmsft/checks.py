@@ -2,8 +2,8 @@
 transformers only to look through the data.
 
 What a value may be by itself (its type, a wrong name) recipe.py finds from NeMo's signatures. Here is how values fit
-each other, the machine and the files. A value that is absent or not set yet is no problem here: each check runs when
-all that it looks at is known.
+each other and the files; feasibility.py has what depends on sizes and on the machine. A value that is absent or not
+set yet is no problem here: each check runs when all that it looks at is known.
 """
 
 from __future__ import annotations
@@ -13,127 +13,40 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import fields, replace
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from omegaconf import DictConfig, ListConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import DictConfig
 from rich.progress import Progress
 
-from vlmsft.data.sources import Source, sources
 from vlmsft.errors import Problem, UserError, nearest
+from vlmsft.facts import CPU_STRATEGY, LOCAL_EXECUTOR, TENSOR_PARALLEL, TEXT, VISION, Facts, shapes
+from vlmsft.feasibility import infeasible
 from vlmsft.mllama import sizes
 from vlmsft.paths import DATASETS, is_local, with_absolute_paths
-from vlmsft.runtime.logging import console, rank_from_environment
+from vlmsft.runtime.logging import console
 
 if TYPE_CHECKING:
     from vlmsft.data.encode import SampleEncoder
 
-TEXT, VISION = "model.config.language_model_config", "model.config.vision_model_config"
-TENSOR_PARALLEL = "strategy.tensor_model_parallel_size"
-CPU_STRATEGY = "vlmsft.runtime.cpu.CpuMegatronStrategy"
-LOCAL_EXECUTOR = "nemo_run.LocalExecutor"
 SLOW_SECONDS = 2.0
 """A look through the data that takes longer says how far it is."""
 
 
 def find_problems(cfg: DictConfig, world_size: int | None = None) -> list[Problem]:
-    """The problems of a config composed from conf/train.yaml.
+    """The problems of a config composed from conf/train.yaml: malformed(cfg) and vlmsft.feasibility.infeasible(cfg).
 
     world_size: number of processes that torchrun or srun started; None = trainer.num_nodes x trainer.devices
     """
+    return malformed(cfg, world_size) + infeasible(cfg, world_size)
+
+
+def malformed(cfg: DictConfig, world_size: int | None = None) -> list[Problem]:
+    """What is wrong whatever the machine and the sizes are: for a whole sweep, where infeasible points are left out."""
     facts = Facts(with_absolute_paths(cfg), world_size)
     return [problem for check in CHECKS for problem in check(facts)]
-
-
-class Facts:
-    """Values of the config by key; None where a value is absent, `???` or an interpolation that can't be resolved."""
-
-    def __init__(self, cfg: DictConfig, world_size: int | None):
-        self.cfg, self.started = cfg, world_size
-
-    def __getitem__(self, key: str) -> Any:
-        try:
-            value = OmegaConf.select(self.cfg, key, throw_on_missing=True)
-        except OmegaConfBaseException:
-            return None  # recipe.py names it
-        return list(value) if isinstance(value, ListConfig) else value
-
-    def whole(self, *keys: str) -> list[int] | None:
-        """The values as integers, or None if any of them isn't one."""
-        values = [self[key] for key in keys]
-        return values if all(type(value) is int for value in values) else None
-
-    @property
-    def world_size(self) -> int | None:
-        """Processes of the run; None where only the machine it runs on will tell (devices: auto)."""
-        if self.started is not None:
-            return self.started
-        devices = self["trainer.devices"]
-        num_devices = len(devices) if isinstance(devices, list) else devices
-        num_nodes = self["trainer.num_nodes"]
-        if type(num_devices) is not int or type(num_nodes) is not int or num_devices < 1:
-            return None
-        return num_devices * num_nodes
-
-    @property
-    def data_parallel_size(self) -> int | None:
-        """Copies of the model; None where unknown, or where tensor parallelism doesn't fit the processes."""
-        sizes = self.whole(TENSOR_PARALLEL)
-        if sizes is None or self.world_size is None or sizes[0] < 1 or self.world_size % sizes[0]:
-            return None
-        return self.world_size // sizes[0]
-
-    @property
-    def num_microbatches(self) -> int | None:
-        """Micro batches of a rank in an optimizer step."""
-        sizes = self.whole("data.global_batch_size", "data.micro_batch_size")
-        if sizes is None or self.data_parallel_size is None:
-            return None
-        share = sizes[1] * self.data_parallel_size
-        return None if share < 1 or sizes[0] % share else sizes[0] // share
-
-    @property
-    def validates(self) -> bool:
-        return self["data.validation_path"] is not None and self["trainer.limit_val_batches"] not in (0, 0.0)
-
-    @property
-    def names_training_data(self) -> bool:
-        return self["data.train_path"] is not None or self["data.path"] is not None
-
-    @property
-    def reads_shards(self) -> bool:
-        """Whether the data are folders of shards (`data.path`) and not files of records."""
-        return "path" in (self["data"] or {})
-
-    def sources(self, *keys: str) -> list[Source]:
-        """The datasets that are named under `keys`. Raises UserError where one can't be understood."""
-        folder = self["data.image_folder"]
-        values = {key: self[key] for key in keys}
-        plain = {key: OmegaConf.to_object(v) if isinstance(v, DictConfig) else v for key, v in values.items()}
-        images = not self.reads_shards
-        return [s for key, v in plain.items() for s in sources(v, key, folder, has_image_folders=images)]
-
-    @property
-    def datasets(self) -> list[Source]:
-        """All that are named in a form that can be understood; datasets_are_named has the others."""
-        found = []
-        for key in DATASETS:
-            with suppress(UserError):
-                found += self.sources(key)
-        return found
-
-    @property
-    def reads_files(self) -> bool:
-        """Whether this process looks into files: one of a run does."""
-        return self.runs_here and rank_from_environment() == 0
-
-    @property
-    def runs_here(self) -> bool:
-        """Whether the files that the config names are those of this machine."""
-        return self["launch.executor"] is None or self["launch.executor._target_"] == LOCAL_EXECUTOR
 
 
 # --- numbers by themselves --------------------------------------------------------------------------------------------
@@ -177,22 +90,6 @@ def minima(facts: Facts) -> Iterator[Problem]:
 # --- parallelism ------------------------------------------------------------------------------------------------------
 
 
-def untested_parallelism(facts: Facts) -> Iterator[Problem]:
-    allowed = {
-        "pipeline_model_parallel_size": 1,
-        "context_parallel_size": 1,
-        "expert_model_parallel_size": 1,
-        "encoder_pipeline_model_parallel_size": 0,
-        "virtual_pipeline_model_parallel_size": None,
-        "sequence_parallel": False,
-    }
-    for name, only in allowed.items():
-        found = facts[f"strategy.{name}"]
-        if found not in (only, None):
-            remedy = "No test covers it yet: more GPUs go into tensor_model_parallel_size or data parallelism"
-            yield Problem(f"strategy.{name}", str(found), "null" if only is None else str(only).lower(), remedy)
-
-
 def unsupported_layers(facts: Facts) -> Iterator[Problem]:
     """What Megatron's configs offer and MLlama's forward has no code for."""
     allowed = {
@@ -207,38 +104,11 @@ def unsupported_layers(facts: Facts) -> Iterator[Problem]:
                 yield Problem(f"{part}.{name}", str(found), expected, "MLlama's forward has no code for it")
 
 
-def tensor_parallel_divides(facts: Facts) -> Iterator[Problem]:
-    size = facts[TENSOR_PARALLEL]
-    if type(size) is not int or size < 1:
-        return
-    split = [
-        f"{TEXT}.num_attention_heads",
-        f"{TEXT}.num_query_groups",
-        f"{TEXT}.hidden_size",
-        f"{TEXT}.ffn_hidden_size",
-        f"{TEXT}.vocab_size",
-        f"{VISION}.num_attention_heads",
-        f"{VISION}.hidden_size",
-        f"{VISION}.text_hidden_size",
-    ]
-    values = {key: facts[key] for key in split}
-    values["the extra embeddings"] = sizes.NUM_EXTRA_EMBEDDINGS
-    broken = [f"{key} {value}" for key, value in values.items() if type(value) is int and value % size]
-    if broken:
-        yield Problem(TENSOR_PARALLEL, str(size), f"a divisor of {', '.join(broken)}")
-
-
-def world_size_fits(facts: Facts) -> Iterator[Problem]:
+def world_size_is_started(facts: Facts) -> Iterator[Problem]:
     configured = Facts(facts.cfg, None).world_size
     if facts.started is not None and configured is not None and facts.started != configured:
         expected = f"{facts.started} processes in all, which torchrun or srun started"
         yield Problem("trainer.devices", f"{configured} with trainer.num_nodes", expected)
-    sizes = facts.whole(TENSOR_PARALLEL)
-    if sizes is None or facts.world_size is None or sizes[0] < 1:
-        return
-    if facts.world_size % sizes[0]:
-        expected = f"trainer.num_nodes x trainer.devices as a multiple of {TENSOR_PARALLEL} {sizes[0]}"
-        yield Problem("trainer.devices", f"{facts.world_size} processes in all", expected)
 
 
 def torchrun_is_one_node(facts: Facts) -> Iterator[Problem]:
@@ -261,19 +131,6 @@ def cpu_and_gpu(facts: Facts) -> Iterator[Problem]:
 
 
 # --- batches and steps ------------------------------------------------------------------------------------------------
-
-
-def batch_divides(facts: Facts) -> Iterator[Problem]:
-    sizes = facts.whole("data.global_batch_size", "data.micro_batch_size")
-    if sizes is None or min(sizes) < 1 or facts.data_parallel_size is None:
-        return
-    share = sizes[1] * facts.data_parallel_size
-    if sizes[0] % share:
-        expected = (
-            f"a multiple of {share} = data.micro_batch_size {sizes[1]} x data-parallel size {facts.data_parallel_size}"
-        )
-        remedy = f"For example {max(share, sizes[0] // share * share)}"
-        yield Problem("data.global_batch_size", str(sizes[0]), expected, remedy)
 
 
 def steps(facts: Facts) -> Iterator[Problem]:
@@ -299,14 +156,11 @@ def steps(facts: Facts) -> Iterator[Problem]:
 
 
 def validation_batches(facts: Facts) -> Iterator[Problem]:
-    limit, num_microbatches = facts["trainer.limit_val_batches"], facts.num_microbatches
-    where = "trainer.limit_val_batches"
+    limit = facts["trainer.limit_val_batches"]
     if type(limit) is float and limit not in (0.0, 1.0):
         remedy = "A fraction may cut a global batch in two"
-        yield Problem(where, str(limit), "1.0 (all), 0, or a number of micro batches", remedy)
-    if type(limit) is int and num_microbatches and limit % num_microbatches:
-        expected = f"a multiple of {num_microbatches}, the micro batches that a rank computes in a step; or 1.0 for all"
-        yield Problem(where, str(limit), expected, f"For example {-(-limit // num_microbatches) * num_microbatches}")
+        expected = "1.0 (all), 0, or a number of micro batches"
+        yield Problem("trainer.limit_val_batches", str(limit), expected, remedy)
 
 
 def validation_is_needed(facts: Facts) -> Iterator[Problem]:
@@ -385,50 +239,6 @@ def datasets_are_named(facts: Facts) -> Iterator[Problem]:
 # --- sizes ------------------------------------------------------------------------------------------------------------
 
 
-def text_sizes(facts: Facts) -> Iterator[Problem]:
-    for multiple, unit in (("hidden_size", "num_attention_heads"), ("num_attention_heads", "num_query_groups")):
-        yield from _multiple_of(facts, f"{TEXT}.{multiple}", f"{TEXT}.{unit}")
-    layers = facts.whole(f"{TEXT}.num_cross_attention_layers", f"{TEXT}.num_layers")
-    if layers is not None and layers[0] > layers[1]:
-        where = f"{TEXT}.num_cross_attention_layers"
-        yield Problem(where, str(layers[0]), f"at most {TEXT}.num_layers {layers[1]}")
-    lengths = facts.whole("data.decoder_seq_length", f"{TEXT}.seq_length")
-    if lengths is not None and lengths[0] > lengths[1]:
-        yield Problem("data.decoder_seq_length", str(lengths[0]), f"at most {TEXT}.seq_length {lengths[1]}")
-
-
-def vision_sizes(facts: Facts) -> Iterator[Problem]:
-    yield from _multiple_of(facts, f"{VISION}.hidden_size", f"{VISION}.num_attention_heads")
-    yield from _multiple_of(facts, f"{VISION}.vision_chunk_size", f"{VISION}.patch_size")
-    for one, other in (
-        (f"{VISION}.text_hidden_size", f"{TEXT}.hidden_size"),
-        (f"{VISION}.max_num_tiles", f"{VISION}.vision_max_num_chunks"),
-    ):
-        values = facts.whole(one, other)
-        if values is not None and values[0] != values[1]:
-            yield Problem(one, str(values[0]), f"{values[1]}, as {other}")
-    indices, num_layers = facts[f"{VISION}.intermediate_layers_indices"], facts[f"{VISION}.num_layers"]
-    if isinstance(indices, list) and type(num_layers) is int:
-        wrong = [index for index in indices if type(index) is int and not 0 <= index < num_layers]
-        if wrong or indices != sorted(set(indices)):
-            expected = f"increasing numbers below {VISION}.num_layers {num_layers}"
-            yield Problem(f"{VISION}.intermediate_layers_indices", str(indices), expected)
-    sizes = facts.whole(
-        "data.seq_length", f"{VISION}.vision_chunk_size", f"{VISION}.patch_size", f"{VISION}.max_num_tiles"
-    )
-    if sizes is not None and sizes[2] > 0:
-        tokens = ((sizes[1] // sizes[2]) ** 2 + 1) * sizes[3]
-        if sizes[0] != tokens:
-            expected = f"{tokens}, the vision tokens of an image: {sizes[3]} tiles of {tokens // sizes[3]}"
-            yield Problem("data.seq_length", str(sizes[0]), expected)
-
-
-def _multiple_of(facts: Facts, multiple: str, unit: str) -> Iterator[Problem]:
-    values = facts.whole(multiple, unit)
-    if values is not None and (values[1] < 1 or values[0] % values[1]):
-        yield Problem(multiple, str(values[0]), f"a multiple of {unit} {values[1]}")
-
-
 def something_is_trained(facts: Facts) -> Iterator[Problem]:
     names = [f"model.config.freeze_{part}" for part in ("language_model", "vision_model", "vision_projection")]
     if facts["peft"] is None and all(facts[name] is True for name in names):
@@ -447,23 +257,6 @@ def lora_targets(facts: Facts) -> Iterator[Problem]:
             expected = f"a pattern that hits one of the model's matrices: {', '.join(names)}"
             remedy = nearest(target.rpartition(".")[2], names)
             yield Problem("peft.target_modules", repr(target), expected, remedy)
-
-
-def shapes(cfg: DictConfig) -> tuple[sizes.TextShape, sizes.VisionShape] | None:
-    """The sizes of an MLlama's two halves; None where one isn't a positive number."""
-    facts = Facts(cfg, None)
-    text_names = [field.name for field in fields(sizes.TextShape) if field.name != "kv_channels"]
-    vision_names = [field.name for field in fields(sizes.VisionShape) if field.name != "num_intermediate_layers"]
-    text = facts.whole(*(f"{TEXT}.{name}" for name in text_names))
-    vision = facts.whole(*(f"{VISION}.{name}" for name in vision_names))
-    indices = facts[f"{VISION}.intermediate_layers_indices"]
-    if text is None or vision is None or not isinstance(indices, list) or min(*text, *vision) < 1:
-        return None
-    kv_channels = facts[f"{TEXT}.kv_channels"]
-    return (
-        sizes.TextShape(**dict(zip(text_names, text, strict=True)), kv_channels=kv_channels),
-        sizes.VisionShape(**dict(zip(vision_names, vision, strict=True)), num_intermediate_layers=len(indices)),
-    )
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
@@ -651,13 +444,10 @@ def _progress_if_slow(text: str) -> Iterator[Callable[[int, int], None]]:
 
 CHECKS: tuple[Callable[[Facts], Iterator[Problem]], ...] = (
     minima,
-    untested_parallelism,
     unsupported_layers,
-    tensor_parallel_divides,
-    world_size_fits,
+    world_size_is_started,
     torchrun_is_one_node,
     cpu_and_gpu,
-    batch_divides,
     steps,
     validation_batches,
     validation_is_needed,
@@ -665,8 +455,6 @@ CHECKS: tuple[Callable[[Facts], Iterator[Problem]], ...] = (
     saving_fits_peft,
     learning_rate,
     datasets_are_named,
-    text_sizes,
-    vision_sizes,
     something_is_trained,
     lora_targets,
     processor_fits,

@@ -1,0 +1,85 @@
+"""What a composed config costs: parameters and one GPU's memory, from the arithmetic of vlmsft.mllama.sizes.
+
+Imports neither torch nor NeMo.
+"""
+
+from __future__ import annotations
+
+from omegaconf import DictConfig
+
+from vlmsft.facts import TENSOR_PARALLEL, Facts, shapes
+from vlmsft.mllama import sizes
+
+FREEZES = [f"model.config.freeze_{part}" for part in ("language_model", "vision_model", "vision_projection")]
+PEFT_FREEZES = ["peft.freeze_language_model", "peft.freeze_vision_model"]
+
+
+def can_be_estimated(facts: Facts) -> bool:
+    """Whether all that `memory` and `parameters` read is there and of the right type; not whether it fits."""
+    known = shapes(facts.cfg)
+    counts = facts.whole("data.decoder_seq_length", "data.micro_batch_size", TENSOR_PARALLEL)
+    if known is None or counts is None or min(counts) < 1 or not facts.data_parallel_size:
+        return False
+    has_lora = facts["peft"] is not None
+    if not all(isinstance(facts[key], bool) for key in FREEZES + PEFT_FREEZES * has_lora):
+        return False
+    if not has_lora:
+        return True
+    targets, dim, matrices = facts["peft.target_modules"], facts["peft.dim"], sizes.lora_matrices(*known)
+    if not isinstance(targets, list) or type(dim) is not int:
+        return False
+    return all(isinstance(target, str) and sizes.lora_hits(target, matrices) for target in targets)
+
+
+def frozen_parts(cfg: DictConfig) -> dict[str, bool]:
+    """What model.config freezes, and what NeMo's LoRA does: its freeze_vision_model takes the projector as well."""
+    config, peft = cfg.model.config, cfg.peft
+    by_lora = {"text": False, "vision": False}
+    if peft is not None:
+        by_lora = {"text": peft.freeze_language_model, "vision": peft.freeze_vision_model}
+    return {
+        "tower": config.freeze_vision_model or by_lora["vision"],
+        "projector": config.freeze_vision_projection or by_lora["vision"],
+        "text": config.freeze_language_model or by_lora["text"],
+    }
+
+
+def parameters(cfg: DictConfig) -> dict[str, tuple[int, int]]:
+    """{part: (total, trainable)} of a config that `can_be_estimated`."""
+    text, vision = _shapes(cfg)
+    frozen = frozen_parts(cfg)
+    counts = sizes.parameter_counts(text, vision)
+    table = {part: (count.total, 0 if frozen[part] else count.total) for part, count in counts.items()}
+    if cfg.peft is not None:
+        size = sizes.lora_count(text, vision, cfg.peft.dim, list(cfg.peft.target_modules)).total
+        table["LoRA"] = (size, size)
+    return table
+
+
+def memory(cfg: DictConfig) -> sizes.MemoryEstimate:
+    """One GPU's bytes, at the longest text and one image of all tiles a sample, for a config that `can_be_estimated`."""
+    text, vision = _shapes(cfg)
+    frozen = frozen_parts(cfg)
+    targets = [] if cfg.peft is None else list(cfg.peft.target_modules)
+    data_parallel_size = Facts(cfg, None).data_parallel_size
+    assert data_parallel_size is not None
+    return sizes.memory_estimate(
+        text,
+        vision,
+        micro_batch_size=cfg.data.micro_batch_size,
+        text_tokens=cfg.data.decoder_seq_length,
+        tensor_model_parallel_size=cfg.strategy.tensor_model_parallel_size,
+        data_parallel_size=data_parallel_size,
+        bf16=str(cfg.precision) != "32",
+        freeze_language_model=frozen["text"],
+        freeze_vision_model=frozen["tower"],
+        freeze_vision_projection=frozen["projector"],
+        lora=sizes.NONE if cfg.peft is None else sizes.lora_count(text, vision, cfg.peft.dim, targets),
+        lora_in_tower=sizes.lora_hits_tower(text, vision, targets),
+    )
+
+
+def _shapes(cfg: DictConfig) -> tuple[sizes.TextShape, sizes.VisionShape]:
+    known = shapes(cfg)
+    assert known is not None
+    return known
