@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from vlmsft.report.downsample import MOST_POINTS, keep_extremes
+from vlmsft.report.downsample import MOST_POINTS, keep_extremes, part_means
 
 DIGITS = 5
 """Significant ones, of values: finer than a pixel."""
@@ -54,18 +54,23 @@ def absent(present: Sequence[Curve]) -> list[str]:
     return [curve.title for curve in CURVES if curve not in present]
 
 
-def points(frame: pd.DataFrame, column: str, most: int = MOST_POINTS) -> tuple[np.ndarray, np.ndarray]:
-    """(steps, values) of at most `most` points. Rows that lack the value are left out.
+def logged(frame: pd.DataFrame, column: str) -> tuple[np.ndarray, np.ndarray]:
+    """(steps, values), (N,) each: the rows that have a value.
 
-    A training loss that is missing beside a learning rate was NaN: it stays, as a gap.
+    A training loss that is missing beside a learning rate was NaN: it stays.
     """
     if not _has(frame, column) or "step" not in frame:
         return np.array([]), np.array([])
     steps, values = _array(frame, "step"), _array(frame, column)
-    logged = ~np.isnan(values)
+    there = ~np.isnan(values)
     if column == "reduced_train_loss" and "lr" in frame:
-        logged |= ~np.isnan(_array(frame, "lr"))
-    steps, values = steps[logged], values[logged]
+        there |= ~np.isnan(_array(frame, "lr"))
+    return steps[there], values[there]
+
+
+def points(frame: pd.DataFrame, column: str, most: int = MOST_POINTS) -> tuple[np.ndarray, np.ndarray]:
+    """(steps, values) of at most `most` points, the extremes among them."""
+    steps, values = logged(frame, column)
     kept = keep_extremes(values, most)
     return steps[kept], values[kept]
 
@@ -137,10 +142,19 @@ def _rounded(value: float) -> float | int | None:
 
 
 def compact(frame: pd.DataFrame, curves: Sequence[Curve]) -> dict[str, Any]:
-    """One run's part of the page's data: {"axes": {name: values}, "curves": {column: [steps, values]}}."""
+    """One run's part of the page's data: {"axes": {name: values}, "curves": {column: [steps, values]}}.
+
+    A curve with points left out has a third element, (steps, means) of equal parts: a mean of what is left, the highest
+    and lowest points, would not be the curve's.
+    """
     found: dict[str, Any] = {}
     for curve in curves:
-        steps, values = points(frame, curve.column)
-        if len(steps):
-            found[curve.column] = [[int(step) for step in steps], rounded(values)]
+        steps, values = logged(frame, curve.column)
+        if not len(steps):
+            continue
+        kept = keep_extremes(values)
+        found[curve.column] = [steps[kept].astype(int).tolist(), rounded(values[kept])]
+        if len(kept) < len(values):
+            means = [part_means(of, MOST_POINTS // 2) for of in (steps, values)]
+            found[curve.column].append([means[0].astype(int).tolist(), rounded(means[1])])
     return {"axes": {name: [float(f"{v:.7g}") for v in x.tolist()] for name, x in axes(frame).items()}, "curves": found}

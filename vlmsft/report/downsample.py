@@ -36,3 +36,13 @@ def _of_part(values: np.ndarray, finite: np.ndarray, start: int) -> set[int]:
         kept.add(start + int(np.argmin(np.where(finite, values, np.inf))))
         kept.add(start + int(np.argmax(np.where(finite, values, -np.inf))))
     return kept
+
+
+def part_means(values: np.ndarray, num_parts: int) -> np.ndarray:
+    """(num_parts,): the mean of each of equal parts of (N,) values, N >= num_parts; NaN where a part has no number."""
+    values = np.asarray(values, dtype=np.float64)
+    finite = np.isfinite(values)
+    starts = np.linspace(0, len(values), num_parts + 1).astype(int)[:-1]
+    counts = np.add.reduceat(finite.astype(int), starts)
+    sums = np.add.reduceat(np.where(finite, values, 0.0), starts)
+    return np.divide(sums, counts, out=np.full(num_parts, np.nan), where=counts > 0)
