@@ -6,17 +6,12 @@ from __future__ import annotations
 import json
 import os
 import shlex
-import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
-
 from vlmsft.errors import Problem, UserError
+from vlmsft.runtime.environments import Environment, variables_for_another_python
 from vlmsft.runtime.logging import console
 from vlmsft.serving.endpoint import Endpoint, Rule, number_problems
 
@@ -35,19 +30,22 @@ def serve(problems: list[Problem], make_endpoint: Callable[[], Endpoint], **engi
         raise UserError(problems)
     endpoint = make_endpoint()
     environment = Environment(
-        Path(engine["environment"]).expanduser().absolute(), engine["python"], tuple(engine["packages"])
+        Path(engine["environment"]).expanduser().absolute(),
+        engine["python"],
+        tuple(engine["packages"]),
+        "engine.environment",
     )
     problems = model_problems(endpoint.model) + environment.problems()
     if problems:
         raise UserError(problems)
-    arguments = serve_command(endpoint, environment.program, engine)
+    arguments = serve_command(endpoint, environment.program("vllm"), engine)
     if endpoint.dryrun:
         show(environment, arguments)
         return
     if not environment.is_complete:
         environment.make()
     console().print(shlex.join(arguments), markup=False, highlight=False, soft_wrap=True)
-    os.execve(environment.program, arguments, server_environment(endpoint))
+    os.execve(environment.program("vllm"), arguments, server_environment(endpoint))
 
 
 def show(environment: Environment, arguments: Sequence[str]) -> None:
@@ -85,9 +83,8 @@ def serve_command(endpoint: Endpoint, program: Path, engine: dict[str, Any]) -> 
 
 
 def server_environment(endpoint: Endpoint) -> dict[str, str]:
-    """This process's variables, less those that lead into its Python, and the API key under vLLM's name."""
-    ours = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")
-    variables = {name: value for name, value in os.environ.items() if name not in ours}
+    """What any other Python gets, and the API key under vLLM's name."""
+    variables = variables_for_another_python()
     return variables if endpoint.api_key is None else {**variables, "VLLM_API_KEY": endpoint.api_key}
 
 
@@ -109,77 +106,3 @@ def model_problems(model: str) -> list[Problem]:
         remedy = "export_ckpt writes all of them; for another folder copy them from the base model's"
         return [Problem("checkpoint", f"{model} without {', '.join(missing)}", "the processor's files too", remedy)]
     return []
-
-
-@dataclass(frozen=True)
-class Environment:
-    """A virtual environment that vlmsft makes and owns.
-
-    folder: holds venv/, packages.json (what is or was to be installed, written first) and `complete` (written last)
-    python: version; packages: requirements as pip has them
-    """
-
-    folder: Path
-    python: str
-    packages: tuple[str, ...]
-
-    @property
-    def program(self) -> Path:
-        return self.folder / "venv" / "bin" / "vllm"
-
-    @property
-    def is_complete(self) -> bool:
-        return (self.folder / "complete").is_file() and self._recorded() == self._wanted()
-
-    def problems(self) -> list[Problem]:
-        """A folder that is not ours is left alone."""
-        is_ours = not self.folder.exists() or (self.folder / "packages.json").is_file()
-        if is_ours or (self.folder.is_dir() and not any(self.folder.iterdir())):
-            return []
-        found = f"{self.folder}, which vlmsft didn't make"
-        return [Problem("engine.environment", found, "a folder that doesn't exist yet, or an environment of vlmsft's")]
-
-    def steps(self, uv: str) -> list[list[str]]:
-        """The commands that make it.
-
-        uv takes constraints from a pyproject.toml of the working directory and above, and vlmsft's own asks for another
-        torch: hence --directory.
-        """
-        venv, start = str(self.folder / "venv"), [uv, "--directory", str(self.folder)]
-        install = [*start, "pip", "install", "--python", f"{venv}/bin/python", *self.packages]
-        return [[*start, "venv", "--clear", "--python", self.python, venv], install]
-
-    def make(self) -> None:
-        """Makes it anew; a second process waits for the first. Raises UserError where uv is missing or fails."""
-        uv = find_uv()
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(self.folder / "lock"):
-            if self.is_complete:
-                return
-            (self.folder / "complete").unlink(missing_ok=True)
-            (self.folder / "packages.json").write_text(self._wanted())
-            for step in self.steps(uv):
-                console().print(shlex.join(step), style="dim", markup=False, highlight=False, soft_wrap=True)
-                code = subprocess.run(step, check=False).returncode
-                if code:
-                    found, remedy = f"{shlex.join(step[:3])} ended with {code}", "uv's message stands above"
-                    raise UserError(Problem("engine.environment", found, "a network and room on the disk", remedy))
-            (self.folder / "complete").touch()
-
-    def _wanted(self) -> str:
-        return json.dumps({"python": self.python, "packages": self.packages}, indent=1)
-
-    def _recorded(self) -> str:
-        try:
-            return (self.folder / "packages.json").read_text()
-        except OSError:
-            return ""
-
-
-def find_uv() -> str:
-    """uv beside this Python, or on the path. Raises UserError where it is missing."""
-    beside = Path(sys.executable).parent / "uv"
-    found = str(beside) if beside.is_file() else shutil.which("uv")
-    if found is None:
-        raise UserError(Problem("engine=vllm", "no uv on this machine", "uv to make its environment", "pip install uv"))
-    return found
