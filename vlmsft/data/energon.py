@@ -5,21 +5,19 @@ from __future__ import annotations
 import importlib.metadata
 from typing import Any, Literal
 
-import lightning.pytorch as pl
 import torch
-from nemo.lightning import io
 
-from vlmsft.data.blend import Samples, joined
-from vlmsft.data.dataset import UserErrorLoader
+from vlmsft.data.blend import joined
 from vlmsft.data.encode import SampleEncoder
 from vlmsft.data.energon_shards import ShardDataset, ShardFolder
 from vlmsft.data.energon_stream import StreamOptions, TrainStream
-from vlmsft.data.sampler import VlmDataSampler, raise_changes, raise_without_place, resume_sampler
+from vlmsft.data.module import FineTuningDataModule
+from vlmsft.data.sampler import raise_changes, resume_sampler
 from vlmsft.data.sources import Source, label, sources
 from vlmsft.errors import Problem, UserError
 
 
-class EnergonDataModule(pl.LightningDataModule, io.IOMixin):
+class EnergonDataModule(FineTuningDataModule):
     """Training from the train split of shard folders, in Energon's order; validation on their val split, in the shards'
     order, complete and the same each time.
 
@@ -27,14 +25,9 @@ class EnergonDataModule(pl.LightningDataModule, io.IOMixin):
         is the probability that a sample is of its dataset
     validation_path: the same for validation, usually the same folders; sets with names are logged one by one as well;
         None for a run without validation
-    processor: folder or hub id of the transformers processor
-    seq_length: vision tokens of an image (NeMo's name); decoder_seq_length: most text tokens of a sample
     num_workers: loader processes of each rank; the order of the samples depends on it
-    seed: of the order of the samples
     shuffle_buffer_size, max_samples_per_sequence, parallel_shard_iters: see StreamOptions
-    on_error: what becomes of a sample that can't be read: "raise" stops the run, "skip" names it and goes on
-    max_skipped_share: share of a folder's samples that may be skipped; more stop the run
-    tokenizer: NeMo's tokenizer, which travels with checkpoints; the processor's if None
+    the others: FineTuningDataModule
     """
 
     def __init__(
@@ -57,50 +50,28 @@ class EnergonDataModule(pl.LightningDataModule, io.IOMixin):
         max_skipped_share: float = 0.001,
         tokenizer: Any = None,
     ):
-        super().__init__()
+        super().__init__(
+            processor=processor,
+            seq_length=seq_length,
+            decoder_seq_length=decoder_seq_length,
+            micro_batch_size=micro_batch_size,
+            global_batch_size=global_batch_size,
+            num_workers=num_workers,
+            seed=seed,
+            pin_memory=pin_memory,
+            persistent_workers=persistent_workers,
+            on_error=on_error,
+            max_skipped_share=max_skipped_share,
+            tokenizer=tokenizer,
+        )
         self.path = path
         self.validation_path = validation_path
-        self.processor = processor
-        self.seq_length = seq_length
-        self.decoder_seq_length = decoder_seq_length
-        self.micro_batch_size = micro_batch_size
-        self.global_batch_size = global_batch_size
-        self.num_workers = num_workers
-        self.seed = seed
         self.shuffle_buffer_size = shuffle_buffer_size
         self.max_samples_per_sequence = max_samples_per_sequence
         self.parallel_shard_iters = parallel_shard_iters
-        self.pin_memory = pin_memory
-        self.persistent_workers = persistent_workers
-        self.on_error: Literal["raise", "skip"] = on_error
-        self.max_skipped_share = max_skipped_share
-        self._tokenizer = tokenizer
-        self.init_global_step = 0
-        self.data_sampler = VlmDataSampler(
-            seed=seed,
-            seq_len=seq_length,
-            decoder_seq_len=decoder_seq_length,
-            micro_batch_size=micro_batch_size,
-            global_batch_size=global_batch_size,
-        )
         self._encoder = SampleEncoder(processor, decoder_seq_length)
         self._folders: list[ShardFolder] = []
-        self._validation: Samples | None = None
         self._stream: TrainStream | None = None
-        self._resumed: dict[str, Any] | None = None
-
-    @property
-    def tokenizer(self) -> Any:
-        """NeMo's AutoTokenizer of the processor."""
-        if self._tokenizer is None:
-            from nemo.collections.common.tokenizers.huggingface.auto_tokenizer import AutoTokenizer
-
-            self._tokenizer = AutoTokenizer(self.processor)
-        return self._tokenizer
-
-    @tokenizer.setter
-    def tokenizer(self, tokenizer: Any) -> None:  # llm.finetune sets it
-        self._tokenizer = tokenizer
 
     @property
     def _sources(self) -> list[Source]:
@@ -125,9 +96,7 @@ class EnergonDataModule(pl.LightningDataModule, io.IOMixin):
         return sum(len(folder) for folder in self._folders)
 
     def train_dataloader(self) -> TrainStream:
-        raise_without_place(self.trainer, self, self._resumed)
-        self.init_global_step = self.trainer.global_step if self.trainer else 0
-        self.data_sampler.init_global_step = self.init_global_step
+        self._start_counting()
         self.setup()
         rank, size = _rank_and_size()
         self._check_enough_samples(size)
@@ -139,35 +108,16 @@ class EnergonDataModule(pl.LightningDataModule, io.IOMixin):
             rank=rank,
             size=size,
             on_error=self.on_error,
-            pin_memory=self.pin_memory and torch.cuda.is_available(),
+            pin_memory=self._pins_memory,
             state=None if self._resumed is None else self._resumed["ranks"][rank],
         )
         return self._stream
 
-    def val_dataloader(self) -> UserErrorLoader | list:
-        return self._evaluation_loader("validation")
-
-    def test_dataloader(self) -> UserErrorLoader | list:
-        return self._evaluation_loader("test")
-
-    def _evaluation_loader(self, mode: str) -> UserErrorLoader | list:
-        if self._validation is None:
-            return []
-        return UserErrorLoader(
-            self._validation,
-            mode=mode,
-            collate_fn=self._validation.collate,
-            num_workers=self.num_workers,
-            pin_memory=self.pin_memory and torch.cuda.is_available(),
-            persistent_workers=self.persistent_workers and self.num_workers > 0,
-        )
-
     def state_dict(self) -> dict[str, Any]:
         """What exact resume needs: the places of all data-parallel ranks, and what they depend on. A collective: the
         checkpoint keeps what rank 0 gives."""
-        steps = self.trainer.global_step - self.init_global_step if self.trainer else 0
         return {
-            "consumed_samples": self.data_sampler.compute_consumed_samples(steps),
+            "consumed_samples": self._consumed_samples(),
             **self._order_depends_on(),
             "ranks": None if self._stream is None else _gathered(self._stream.state()),
         }
