@@ -55,6 +55,25 @@ class JudgeSettings:
     cache: str
 
 
+def judge_facts(judge: JudgeSettings | None) -> dict[str, Any] | None:
+    """What its verdicts depend on, for `describe`."""
+    if judge is None:
+        return None
+    names = ("base_url", "model", "temperature", "max_tokens", "seed")
+    return {name: getattr(judge, name) for name in names}
+
+
+@dataclass(frozen=True)
+class EvalMM:
+    """conf/evaluate.yaml: eval_mm. The environment of llm-jp-eval-mm's own.
+
+    folder: of environments and pictures; made on first use. python: a version, or an interpreter's path
+    """
+
+    folder: str
+    python: str
+
+
 @dataclass(frozen=True)
 class Settings:
     """What holds for all models and tasks of an evaluation.
@@ -71,6 +90,7 @@ class Settings:
     timeout_seconds: float
     num_attempts: int
     judge: JudgeSettings | None
+    eval_mm: EvalMM
 
 
 @dataclass(frozen=True)
