@@ -1,7 +1,7 @@
 """Scorers: a number for an answer, equal to what the upstream libraries give.
 
-A scorer is an object with the attributes and methods of `Scorer`; a task's YAML names it, conf/evaluate.yaml (scorers) has
-its class and keys. Accuracies, ROUGE and BLEU are percentages. "eval-mm" below is llm-jp-eval-mm 0.4.1
+A scorer is an object with the attributes and methods of `Scorer`; a task's YAML names it, and conf/evaluate.yaml
+(scorers) has its class and keys. Accuracies, ROUGE and BLEU are percentages. "eval-mm" below is llm-jp-eval-mm 0.4.1
 (https://github.com/llm-jp/llm-jp-eval-mm, Apache-2.0), whose rules are followed to the digit.
 
 Packages that not all installations have are imported where they are used.
@@ -240,7 +240,8 @@ class _MecabWords:
         import unidic_lite
 
         # as Tagger("-Owakati"), which prefers the dictionary `unidic` where that is installed too
-        self._tagger = fugashi.GenericTagger(f"-Owakati -r {unidic_lite.DICDIR}/dicrc -d {unidic_lite.DICDIR}")
+        tagger: Any = fugashi.GenericTagger  # pyright: ignore[reportAttributeAccessIssue] # compiled, without annotations
+        self._tagger = tagger(f"-Owakati -r {unidic_lite.DICDIR}/dicrc -d {unidic_lite.DICDIR}")
         self._normalise = NORMALISATIONS[normalisation]
 
     def tokenize(self, text: str) -> list[str]:
@@ -308,7 +309,7 @@ class Bleu:
 @dataclass(frozen=True)
 class Judge:
     """Another model's verdict. A call that fails, takes too long or gives no verdict is made again; if that doesn't
-    help the score is missing, never a zero, and the next start asks again. Verdicts are kept: see vlmsft.evaluation.judge.
+    help the score is missing, never a zero, and the next start asks again. vlmsft.evaluation.judge keeps verdicts.
 
     system, template: of the request; {question}, {reference} and {answer} stand in the template
     pattern: regular expression whose first group is the verdict; least, most: what it may be

@@ -11,6 +11,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Any, TypeVar
 
 from fastapi import Depends, FastAPI, Request
@@ -22,6 +23,7 @@ from starlette.types import Receive, Scope, Send
 
 from vlmsft.data.records import Turn
 from vlmsft.generation.generate import Answer, Prompt, Sampling
+from vlmsft.generation.version import engine_version
 from vlmsft.serving.api_error import AUTHENTICATION, ApiError, internal, invalid
 from vlmsft.serving.images import MIB, ImageLimits, load_images
 from vlmsft.serving.metrics import Metrics
@@ -140,6 +142,8 @@ class ChatServer:
             "created": self.created,
             "owned_by": "vlmsft",
             "max_model_len": self.settings.max_model_len,
+            "engine_version": engine_version(),
+            "transformers_version": version("transformers"),
         }
 
     def _check_model(self, name: str) -> None:
