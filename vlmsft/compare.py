@@ -56,7 +56,7 @@ def compare(cfg: DictConfig) -> None:
         write_new(Path(cfg.output), as_text(table, form))
     elif not cfg.watch:
         show(table, form)
-    write_report(cfg, found.runs)
+    write_pages(cfg, found.runs)
     for note in found.notes:
         print(note, file=sys.stderr)
 
@@ -126,7 +126,7 @@ def _of_wandb(cfg: DictConfig) -> tuple[list[RunRecord], list[Problem]]:
 
 def _offline(runs: Sequence[RunRecord]) -> list[str]:
     """The command that sends what W&B has offline only, where there is something."""
-    from vlmsft.report.wandb_files import sync_command, unsynced_folders
+    from vlmsft.runtime.wandb_files import sync_command, unsynced_folders
 
     folders = [folder for run in runs for folder in unsynced_folders(Path(run.location))]
     if not folders:
@@ -176,6 +176,22 @@ def write_new(path: Path, text: str) -> None:
     if os.path.lexists(path):
         raise UserError(Problem("output", f"{path}, which exists", "a new name: nothing is overwritten"))
     os.replace(partial, path)
+
+
+def write_pages(cfg: DictConfig, runs: Sequence[RunRecord]) -> None:
+    """The HTML report, and the plots as PNG, where they are asked for."""
+    from vlmsft.runtime.logging import console
+
+    if cfg.report is not None:
+        from vlmsft.report.html import write_report
+
+        write_report(runs, cfg.report)
+        console().print(f"report: {cfg.report}", markup=False, highlight=False, soft_wrap=True)
+    if cfg.plots is not None:
+        from vlmsft.report.png import write_plots
+
+        write_plots(runs, cfg.plots)
+        console().print(f"plots: {cfg.plots}", markup=False, highlight=False, soft_wrap=True)
 
 
 def watch(cfg: DictConfig) -> None:

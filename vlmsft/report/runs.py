@@ -6,7 +6,6 @@ their runs write them.
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 import shlex
@@ -21,12 +20,11 @@ import yaml
 from vlmsft.errors import Problem, UserError, nearest
 from vlmsft.report.record import RunRecord, SampleAnswer
 from vlmsft.report.summary import nan_notes, num_gpus, summarize
+from vlmsft.runtime.metrics_rows import ENDED_FILE, read_metrics
 from vlmsft.runtime.provenance import flatten
 
 FILES = ("config.yaml", "provenance.json", "metrics.csv", "overrides.yaml", "config.yaml.partial")
 """A folder with one of them is a run's."""
-ENDED_FILE = "finished.json"
-"""What vlmsft.runtime.metrics leaves when a training has come to its end."""
 FAILURE_FILE = "failure.json"
 """What vlmsft.runtime.job leaves of the first worker that failed."""
 FRESH_SECONDS = 600.0
@@ -148,32 +146,6 @@ def _read_json(path: Path, notes: list[str], run_dir: Path) -> dict[str, Any]:
 
 def _first_line(error: Exception) -> str:
     return (str(error) or type(error).__name__).splitlines()[0]
-
-
-def read_metrics(path: Path) -> tuple[list[dict[str, float]], list[str]]:
-    """The rows (see vlmsft.report.summary.Rows), and what was wrong; a row whose end is missing is left out."""
-    try:
-        text = path.read_bytes().decode("utf-8", "replace")
-    except FileNotFoundError:
-        return [], []
-    except OSError as error:
-        return [], [f"{path.name}: can't be read ({_first_line(error)})"]
-    whole, newline, rest = text.rpartition("\n")
-    notes = [f"{path.name}: the last row is cut off, and left out"] if rest else []
-    lines = csv.reader((whole + newline).splitlines())
-    columns = next(lines, [])
-    rows, wrong = [], []
-    for number, cells in enumerate(lines, start=2):
-        try:
-            row = {name: float(cell) for name, cell in zip(columns, cells, strict=True) if cell != ""}
-        except ValueError:
-            wrong.append(number)
-            continue
-        rows.append(row)
-    if wrong:
-        more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
-        notes.append(f"{path.name}: line {wrong[0]}{more} can't be understood, and is left out")
-    return rows, notes
 
 
 def curves(rows: Sequence[Mapping[str, float]]) -> Any:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import logging
 import os
 import time
@@ -21,7 +22,9 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from vlmsft.runtime.metrics_rows import ENDED_FILE
 from vlmsft.runtime.progress import Pause, global_batch_size, learning_rate
+from vlmsft.runtime.wandb import RowLogger
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +50,8 @@ class MetricsFile(Callback):
 
     path: the file, e.g. runs/<name>/<id>/metrics.csv
 
-    Any other metric that is logged gets a column of its own when it first appears.
+    Any other metric that is logged gets a column of its own when it first appears. A logger that takes rows
+    (log=wandb) gets each as it is written.
     samples_per_second is the mean since the row before, without validation and checkpoints; peak_memory_gib the highest
     allocation on this GPU since the start.
     """
@@ -62,6 +66,9 @@ class MetricsFile(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.is_global_zero:
+            self._ended_path.unlink(missing_ok=True)
+            for logger_of_rows in _row_loggers(trainer):
+                logger_of_rows.expect_rows()
             dropped = self.table.drop_after(trainer.global_step)
             if dropped:
                 logger.info(
@@ -86,7 +93,7 @@ class MetricsFile(Callback):
             return
         interval = trainer.log_every_n_steps  # pyright: ignore[reportAttributeAccessIssue] # set from outside the class
         if step % interval == 0 or step == trainer.max_steps:
-            self.table.write(self._row(trainer))
+            self._write(trainer, self._row(trainer))
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._pause.begin(time.monotonic())
@@ -95,14 +102,26 @@ class MetricsFile(Callback):
         if trainer.sanity_checking or not trainer.is_global_zero:
             return
         values = {name: value for name, value in _logged(trainer).items() if name.startswith("val")}
-        self.table.write({"step": trainer.global_step, "epoch": trainer.current_epoch, **values})
+        self._write(trainer, {"step": trainer.global_step, "epoch": trainer.current_epoch, **values})
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         self._pause.begin(time.monotonic())
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.is_global_zero and trainer.global_step > self._last_step:
-            self.table.write(self._row(trainer))
+        if not trainer.is_global_zero:
+            return
+        if trainer.global_step > self._last_step:
+            self._write(trainer, self._row(trainer))
+        self._ended_path.write_text(json.dumps({"step": trainer.global_step}), encoding="utf-8")
+
+    @property
+    def _ended_path(self) -> Path:
+        return self.table.path.with_name(ENDED_FILE)
+
+    def _write(self, trainer: Trainer, row: Mapping[str, Any]) -> None:
+        written = self.table.write(row)
+        for logger_of_rows in _row_loggers(trainer):
+            logger_of_rows.log_row({name: float(text) for name, text in written.items()})
 
     def _row(self, trainer: Trainer) -> dict[str, Any]:
         now, step, batch = time.monotonic(), trainer.global_step, global_batch_size(trainer)
@@ -118,6 +137,10 @@ class MetricsFile(Callback):
             row["peak_memory_gib"] = torch.cuda.max_memory_allocated() / _GIB
         self._last_time, self._last_step = now, step
         return row
+
+
+def _row_loggers(trainer: Trainer) -> list[RowLogger]:
+    return [of_trainer for of_trainer in trainer.loggers if isinstance(of_trainer, RowLogger)]
 
 
 def _logged(trainer: Trainer) -> dict[str, float]:
@@ -140,15 +163,16 @@ class MetricsTable:
         self._last_row: dict[str, str] = {}
         self._last_offset = 0
 
-    def write(self, row: Mapping[str, Any]) -> None:
-        """Append the row; where the last row is of the same step, fill in what it lacks instead."""
-        new = {name: _format(value) for name, value in row.items() if value is not None}
+    def write(self, row: Mapping[str, Any]) -> dict[str, str]:
+        """Append the row; where the last row is of the same step, fill in what it lacks instead. Gives its cells."""
+        cells = {name: _format(value) for name, value in row.items() if value is not None}
         columns = self._open()
-        if missing := [name for name in new if name not in columns]:
+        if missing := [name for name in cells if name not in columns]:
             self._rewrite([*columns, *missing], self.read())
             columns = self._open()
-        if self._last_row.get("step") == new["step"]:
-            new = {**self._last_row, **new}
+        new = cells
+        if self._last_row.get("step") == cells["step"]:
+            new = {**self._last_row, **cells}
             offset = self._last_offset
         else:
             offset = self.path.stat().st_size
@@ -157,6 +181,7 @@ class MetricsTable:
             file.write(_lines(columns, [new]))
             file.truncate()
         self._last_row, self._last_offset = new, offset
+        return cells
 
     def read(self) -> list[dict[str, str]]:
         """All rows as text, [] where there is no file."""
