@@ -14,6 +14,7 @@ COMMANDS = {
     "export_ckpt": "make a Hugging Face folder of a checkpoint, and compare the two",
     "generate": "a model's answer to a question, or to a file of them",
     "serve": "answer requests at an OpenAI-compatible endpoint",
+    "evaluate": "ask models a benchmark's questions, score the answers, compare",
     "compare": "what differs between runs, beside what they reached",
 }
 

@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
+from vlmsft.data.records import IMAGE_MARKER
 from vlmsft.errors import Problem
 from vlmsft.evaluation.runner import JudgeSettings
 from vlmsft.evaluation.store import Sample
@@ -335,7 +336,8 @@ class Judge:
 
     def messages(self, sample: Sample, answer: str) -> list[dict[str, str]]:
         """Of the request."""
-        values = {"question": sample.prompt, "reference": "\n".join(sample.references), "answer": answer}
+        question = sample.prompt.replace(IMAGE_MARKER, "").strip()
+        values = {"question": question, "reference": "\n".join(sample.references), "answer": answer}
         # one pass: an answer that holds "{reference}" stays as it is
         text = re.sub(r"\{(question|reference|answer)\}", lambda match: values[match[1]], self.template)
         return [{"role": "system", "content": self.system}, {"role": "user", "content": text}]
