@@ -83,7 +83,7 @@ def describe(task: Task, settings: Settings) -> dict[str, Any]:
 def count(task: Task, model: str, store: Store, settings: Settings) -> Counts:
     """See vlmsft.evaluation.runner.Runner."""
     questions = load_questions(task, settings.limit)
-    todo = list(_todo(questions, task, model, store, settings.repeats))
+    todo = unanswered(questions, task, model, store, settings.repeats)
     judges = [scorer for scorer in scorers_of(task).values() if isinstance(scorer, Judge)]
     requests = [
         judge.messages(*item) for judge in judges for item in _expected_items(questions, task, model, store, settings)
@@ -108,15 +108,13 @@ def _expected_items(
             yield question.sample, guess if answer is None or answer.answer is None else answer.answer
 
 
-def _todo(
+def unanswered(
     questions: Sequence[Question], task: Task, model: str, store: Store, repeats: int
-) -> Iterator[tuple[Question, int]]:
+) -> list[tuple[Question, int]]:
+    """(question, repeat) of all that is still to be asked, errors too."""
     answers = store.answers(model, task.name)
-    for repeat in range(repeats):
-        for question in questions:
-            answer = answers.get((question.sample.id, repeat))
-            if answer is None or answer.error is not None:
-                yield question, repeat
+    places = [(question, repeat) for repeat in range(repeats) for question in questions]
+    return [(question, repeat) for question, repeat in places if why_missing(answers, question.sample, repeat)]
 
 
 # --- asking -----------------------------------------------------------------------------------------------------------
@@ -124,9 +122,15 @@ def _todo(
 
 def ask(task: Task, model: str, endpoint: Endpoint, store: Store, settings: Settings) -> None:
     """See vlmsft.evaluation.runner.Runner. Raises UserError where the endpoint is gone."""
-    questions = load_questions(task, settings.limit)
+    ask_questions(load_questions(task, settings.limit), task, model, endpoint, store, settings)
+
+
+def ask_questions(
+    questions: Sequence[Question], task: Task, model: str, endpoint: Endpoint, store: Store, settings: Settings
+) -> None:
+    """`ask` with the questions of any runner."""
     store_samples(task, questions, store)
-    todo = list(_todo(questions, task, model, store, settings.repeats))
+    todo = unanswered(questions, task, model, store, settings.repeats)
     if todo:
         asyncio.run(_ask_all(todo, task, model, endpoint, store, settings))
 
@@ -211,8 +215,8 @@ def score(task: Task, model: str, store: Store, settings: Settings) -> list[Scor
     questions = load_questions(task, settings.limit)
     answers = store.answers(model, task.name)
     places = [(question.sample, repeat) for repeat in range(settings.repeats) for question in questions]
-    answered = [(sample, repeat) for sample, repeat in places if _text(answers, sample, repeat) is not None]
-    items = [(sample, _text(answers, sample, repeat) or "") for sample, repeat in answered]
+    answered = [(sample, repeat) for sample, repeat in places if why_missing(answers, sample, repeat) is None]
+    items = [(sample, answers[sample.id, repeat].answer or "") for sample, repeat in answered]
     scores = []
     for metric, scorer in scorers_of(task).items():
         outcomes = dict(
@@ -220,16 +224,14 @@ def score(task: Task, model: str, store: Store, settings: Settings) -> list[Scor
         )
         for sample, repeat in places:
             outcome = outcomes.get((sample.id, repeat))
-            value, reason = (None, _why(answers, sample, repeat)) if outcome is None else outcome
+            value, reason = (None, why_missing(answers, sample, repeat)) if outcome is None else outcome
             scores.append(Score(model, task.name, sample.id, repeat, metric, value, reason))
     return scores
 
 
-def _text(answers: Mapping[tuple[str, int], Answer], sample: Sample, repeat: int) -> str | None:
+def why_missing(answers: Mapping[tuple[str, int], Answer], sample: Sample, repeat: int) -> str | None:
+    """Why there is no answer; None where there is one."""
     answer = answers.get((sample.id, repeat))
-    return None if answer is None else answer.answer
-
-
-def _why(answers: Mapping[tuple[str, int], Answer], sample: Sample, repeat: int) -> str:
-    answer = answers.get((sample.id, repeat))
-    return "not asked" if answer is None else f"no answer: {answer.error}"
+    if answer is None:
+        return "not asked"
+    return None if answer.answer is not None else f"no answer: {answer.error}"
