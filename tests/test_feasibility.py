@@ -13,6 +13,7 @@ from vlmsft.facts import Facts
 from vlmsft.feasibility import CHECKS, infeasible
 
 TEXT, VISION = "model.config.language_model_config", "model.config.vision_model_config"
+TP = "strategy.tensor_model_parallel_size"
 DEMO = ("experiment=demo",)
 LORA = ("experiment=lora", *DATA)
 FULL = ("experiment=llava_instruct_ja", *DATA)
@@ -21,13 +22,13 @@ CASES = [
     ((*DEMO, "strategy.pipeline_model_parallel_size=2"), "strategy.pipeline_model_parallel_size", "2", "1"),
     (
         (*DEMO, "strategy.tensor_model_parallel_size=3", "trainer.devices=3"),
-        "strategy.tensor_model_parallel_size",
+        TP,
         "3",
         "num_attention_heads 4",
     ),
     (
         (*LORA, "strategy.tensor_model_parallel_size=16", "trainer.devices=16"),
-        "strategy.tensor_model_parallel_size",
+        TP,
         "16",
         "num_query_groups 8",
     ),
@@ -93,7 +94,7 @@ def test_feasible_and_malformed_points_are_not_called_infeasible(overrides):
 
 
 def test_memory_decides_between_points_of_a_sweep():
-    """LoRA on one H100, micro batches at 256 tokens of text: measured to fit 24, not to fit 32 (at two tiles an image)."""
+    """LoRA on one H100, micro batches at 256 tokens of text: measured to fit 24, not 32 (two tiles an image)."""
     fits = {
         size: not infeasible(compose(*LORA, "data.decoder_seq_length=256", f"data.micro_batch_size={size}"))
         for size in (1, 16, 32)
@@ -116,5 +117,6 @@ def test_under_20_ms_a_job():
 
 
 def test_imports_neither_torch_nor_nemo():
-    code = "import sys, vlmsft.feasibility; print([n for n in ('torch', 'nemo', 'numpy', 'transformers') if n in sys.modules])"
+    heavy = ("torch", "nemo", "numpy", "transformers")
+    code = f"import sys, vlmsft.feasibility; print([name for name in {heavy} if name in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from omegaconf import DictConfig
 
-from vlmsft.facts import TENSOR_PARALLEL, Facts, shapes
+from vlmsft.facts import TENSOR_PARALLEL, TEXT, VISION, Facts, shapes
 from vlmsft.mllama import sizes
+from vlmsft.mllama.memory import MemoryEstimate, memory_estimate
 
 FREEZES = [f"model.config.freeze_{part}" for part in ("language_model", "vision_model", "vision_projection")]
 PEFT_FREEZES = ["peft.freeze_language_model", "peft.freeze_vision_model"]
@@ -26,7 +27,7 @@ def can_be_estimated(facts: Facts) -> bool:
     if not has_lora:
         return True
     targets, dim, matrices = facts["peft.target_modules"], facts["peft.dim"], sizes.lora_matrices(*known)
-    if not isinstance(targets, list) or type(dim) is not int:
+    if not isinstance(targets, list) or type(dim) is not int or type(facts["peft.dropout"]) not in (int, float):
         return False
     return all(isinstance(target, str) and sizes.lora_hits(target, matrices) for target in targets)
 
@@ -56,14 +57,15 @@ def parameters(cfg: DictConfig) -> dict[str, tuple[int, int]]:
     return table
 
 
-def memory(cfg: DictConfig) -> sizes.MemoryEstimate:
-    """One GPU's bytes, at the longest text and one image of all tiles a sample, for a config that `can_be_estimated`."""
+def memory(cfg: DictConfig) -> MemoryEstimate:
+    """One GPU's bytes, at the longest text and one full image a sample, for a config that `can_be_estimated`."""
     text, vision = _shapes(cfg)
     frozen = frozen_parts(cfg)
     targets = [] if cfg.peft is None else list(cfg.peft.target_modules)
-    data_parallel_size = Facts(cfg, None).data_parallel_size
+    facts = Facts(cfg, None)
+    data_parallel_size = facts.data_parallel_size
     assert data_parallel_size is not None
-    return sizes.memory_estimate(
+    return memory_estimate(
         text,
         vision,
         micro_batch_size=cfg.data.micro_batch_size,
@@ -75,7 +77,10 @@ def memory(cfg: DictConfig) -> sizes.MemoryEstimate:
         freeze_vision_model=frozen["tower"],
         freeze_vision_projection=frozen["projector"],
         lora=sizes.NONE if cfg.peft is None else sizes.lora_count(text, vision, cfg.peft.dim, targets),
-        lora_in_tower=sizes.lora_hits_tower(text, vision, targets),
+        lora_modules=sizes.lora_modules(text, vision, targets),
+        lora_dropout=bool(targets) and cfg.peft.dropout > 0,
+        recompute_text=facts[f"{TEXT}.recompute_granularity"] == "full",
+        recompute_tower=facts[f"{VISION}.recompute_granularity"] == "full",
     )
 
 

@@ -155,13 +155,13 @@ def memory_fits(facts: Facts) -> Iterator[Problem]:
     if type(limit) not in (int, float) or facts["trainer.accelerator"] == "cpu" or not sizes_are_known(facts):
         return
     estimate = estimates.memory(facts.cfg)
-    if estimate.peak <= limit * sizes.GIB:
+    if estimate.device <= limit * sizes.GIB:
         return
     expected = f"at most gpu_memory_gib {limit:g}"
     remedy = (
         "A smaller data.micro_batch_size or data.decoder_seq_length, recompute_granularity=full, more GPUs or peft=lora"
     )
-    yield Problem("gpu_memory_gib", f"about {estimate.peak / sizes.GIB:.0f} GiB a GPU", expected, remedy)
+    yield Problem("gpu_memory_gib", f"about {estimate.device / sizes.GIB:.0f} GiB a GPU", expected, remedy)
 
 
 def sizes_are_known(facts: Facts) -> bool:

@@ -12,7 +12,8 @@ import torch
 from rich.console import Console
 from runtime_toys import ToyData, ToyModel
 
-from vlmsft.mllama.sizes import GIB, TextShape, VisionShape, memory_estimate, parameter_counts
+from vlmsft.mllama.memory import memory_estimate
+from vlmsft.mllama.sizes import GIB, TextShape, VisionShape, parameter_counts
 from vlmsft.runtime.summary import (
     RunFacts,
     StartSummary,

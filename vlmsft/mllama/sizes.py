@@ -1,7 +1,6 @@
-"""Parameters and memory of an MLlama from plain numbers: pure arithmetic, so that a plan needs neither torch nor a GPU.
+"""Sizes and parameters of an MLlama from plain numbers: pure arithmetic, so that a plan needs neither torch nor a GPU.
 
-Parameter counts are exact (a test builds the real modules). Memory is an estimate; each term says what it counts.
-Names are those of NeMo's CrossAttentionTextConfig and CrossAttentionVisionConfig.
+Counts are exact (a test builds the real modules). memory.py and flops.py build on them. Names are those of NeMo's CrossAttentionTextConfig and CrossAttentionVisionConfig.
 """
 
 from __future__ import annotations
@@ -209,8 +208,8 @@ def lora_hits(target: str, matrices: Iterable[str]) -> list[str]:
     return [name for name in matrices if name.rpartition(".")[2] == target or pattern.match(name)]
 
 
-def lora_count(text: TextShape, vision: VisionShape, dim: int, target_modules: Sequence[str]) -> Count:
-    """LoRA's factors: dim x (inputs + outputs) for each matrix that is hit; NeMo shards both of them.
+def lora_modules(text: TextShape, vision: VisionShape, target_modules: Sequence[str]) -> list[str]:
+    """The names of the matrices that LoRA's target_modules take, each once.
 
     Raises ValueError for a target that hits nothing: NeMo passes over it.
     """
@@ -219,174 +218,21 @@ def lora_count(text: TextShape, vision: VisionShape, dim: int, target_modules: S
     for target, names in zip(target_modules, hits, strict=True):
         if not names:
             raise ValueError(f"LoRA target {target!r} hits none of {', '.join(matrix_names(matrices))}")
-    return Count(dim * sum(matrices[name] for name in {name for names in hits for name in names}))
+    return list(dict.fromkeys(name for names in hits for name in names))
 
 
-def lora_hits_tower(text: TextShape, vision: VisionShape, target_modules: Sequence[str]) -> bool:
-    """Whether LoRA's target_modules take a matrix of the vision tower."""
+def lora_count(text: TextShape, vision: VisionShape, dim: int, target_modules: Sequence[str]) -> Count:
+    """LoRA's factors: dim x (inputs + outputs) for each matrix that is hit; NeMo shards both of them.
+
+    Raises ValueError for a target that hits nothing.
+    """
     matrices = lora_matrices(text, vision)
-    return any(".vision_encoder." in name for target in target_modules for name in lora_hits(target, matrices))
+    return Count(dim * sum(matrices[name] for name in lora_modules(text, vision, target_modules)))
 
 
 def matrix_names(matrices: Iterable[str]) -> list[str]:
     """The last parts of the names, each once: linear_qkv, linear_proj, ..."""
     return list(dict.fromkeys(name.rpartition(".")[2] for name in matrices))
-
-
-# ----------------------------------------------------------------------------------------------------------- memory
-
-
-@dataclass(frozen=True)
-class MemoryEstimate:
-    """Bytes on one GPU, as torch's allocator counts them: the CUDA context and NCCL take 1 to 2 GiB beside it.
-
-    build: the highest point while the model is built, before optimizer and activations exist
-    """
-
-    weights: float
-    gradients: float
-    optimizer: float
-    activations: float
-    build: float
-
-    @property
-    def training(self) -> float:
-        return self.weights + self.gradients + self.optimizer + self.activations
-
-    @property
-    def peak(self) -> float:
-        return max(self.training, self.build)
-
-
-def memory_estimate(
-    text: TextShape,
-    vision: VisionShape,
-    *,
-    micro_batch_size: int,
-    text_tokens: int,
-    images_per_sample: float = 1.0,
-    tiles_per_image: float | None = None,
-    tensor_model_parallel_size: int = 1,
-    sequence_parallel: bool = False,
-    data_parallel_size: int = 1,
-    distributed_optimizer: bool = True,
-    bf16: bool = True,
-    fp32_build: bool = True,
-    freeze_language_model: bool = False,
-    freeze_vision_model: bool = False,
-    freeze_vision_projection: bool = False,
-    lora: Count = NONE,
-    lora_in_tower: bool = False,
-) -> MemoryEstimate:
-    """Estimate of one GPU's memory for full fine-tuning or LoRA without activation recomputation, PP = CP = 1.
-
-    text_tokens: padded text length of a micro batch's samples
-    tiles_per_image: real tiles (None = max_num_tiles); the tower always computes with max_num_tiles of them
-    fp32_build: weights come into being in fp32 and are then converted, as in NeMo: 6 bytes per parameter for a moment
-
-    lora: its factors (`lora_count`), which train beside the parts that aren't frozen
-    lora_in_tower: some of them sit in the tower, which then must be kept for the backward pass
-
-    Formulas: `training_bytes` and `activation_bytes`.
-    """
-    tp = tensor_model_parallel_size
-    counts = parameter_counts(text, vision)
-    frozen = {"tower": freeze_vision_model, "projector": freeze_vision_projection, "text": freeze_language_model}
-    trains = {part: not frozen[part] for part in counts}
-
-    held = sum(count.per_rank(tp) for count in counts.values()) + lora.per_rank(tp)
-    trained = sum(count.per_rank(tp) for part, count in counts.items() if trains[part]) + lora.per_rank(tp)
-    shards = data_parallel_size if distributed_optimizer else 1
-    weights, gradients, optimizer = training_bytes(held, trained, bf16=bf16, optimizer_shards=shards)
-    element = 2 if bf16 else 4
-    return MemoryEstimate(
-        weights=weights,
-        gradients=gradients,
-        optimizer=optimizer,
-        activations=activation_bytes(
-            text,
-            vision,
-            micro_batch_size=micro_batch_size,
-            text_tokens=text_tokens,
-            images_per_sample=images_per_sample,
-            tiles_per_image=vision.max_num_tiles if tiles_per_image is None else tiles_per_image,
-            tensor_model_parallel_size=tp,
-            sequence_parallel=sequence_parallel,
-            element_bytes=element,
-            text_weights_train=trains["text"],
-            projector_trains=trains["projector"],
-            tower_trains=trains["tower"] or lora_in_tower,
-        ),
-        build=(4 + (element if bf16 else 0)) * held if fp32_build else element * held,
-    )
-
-
-def training_bytes(held: int, trained: int, *, bf16: bool, optimizer_shards: int) -> tuple[float, float, float]:
-    """(weights, gradients, optimizer) of a rank that holds `held` parameters and trains `trained` of them.
-
-    Per trained parameter, with d shards (Megatron-LM, docs/source/api-guide/dist_optimizer.md):
-      bf16: weights 2 + fp32 main gradients 4 + (fp32 master weights, exp_avg, exp_avg_sq) 12 / d bytes
-      fp32: weights 4 + gradients 4 + (exp_avg, exp_avg_sq) 8 / d bytes
-    A frozen parameter costs its weight only.
-    """
-    return (2 if bf16 else 4) * held, 4 * trained, (12 if bf16 else 8) * trained / optimizer_shards
-
-
-def activation_bytes(
-    text: TextShape,
-    vision: VisionShape,
-    *,
-    micro_batch_size: int,
-    text_tokens: int,
-    images_per_sample: float,
-    tiles_per_image: float,
-    tensor_model_parallel_size: int,
-    sequence_parallel: bool,
-    element_bytes: int,
-    text_weights_train: bool,
-    projector_trains: bool,
-    tower_trains: bool,
-) -> float:
-    """What one micro batch keeps for the backward pass, plus the largest passing tensors (tower, logits).
-
-    Counted in the manner of Korthikanti et al. 2022 ("Reducing Activation Recomputation in Large Transformer
-    Models", section 4): one term per tensor that autograd keeps, flash attention (no score matrix), no dropout. What
-    lies before a column-parallel matrix is whole on each rank, unless sequence_parallel; what lies between column- and
-    row-parallel ones is divided. A matrix whose weights don't train needs no input kept; a LoRA factor does.
-    Fragmentation and kernels' workspaces are not counted.
-    """
-    tp = tensor_model_parallel_size
-    whole = tp if sequence_parallel else 1  # divisor of what lies outside the parallel regions
-    num_text = micro_batch_size * text_tokens
-    images = micro_batch_size * images_per_sample
-    num_seen = images * tiles_per_image * vision.tokens_per_tile  # vision tokens that cross-attention sees
-    num_computed = images * vision.max_num_tiles * vision.padded_tokens_per_tile  # tokens in the tower
-
-    h, f, q, k = text.hidden_size, text.ffn_hidden_size, text.query_size, text.key_size
-    full = int(text_weights_train)
-    # two norms' inputs, the attention matrices' input, the MLP's input; fc1's output, fc2's input
-    around = (3 + full) * h / whole + (2 + full) * f / tp
-    self_layer = around + (q + 2 * k) / tp + q / tp  # queries, keys, values; attention's output
-    cross_layer = around + 3 * q / tp  # queries before and after their norm; attention's output
-    cross_keys = 3 * k / tp  # keys before and after their norm, values
-    text_part = num_text * (text.num_layers * self_layer + text.num_cross_attention_layers * cross_layer)
-    keys_part = num_seen * (text.num_cross_attention_layers * cross_keys + h)
-    projector_part = num_seen * vision.projector_input_size * int(projector_trains or tower_trains)
-
-    logits = num_text * text.vocab_size / tp * (2 * element_bytes + 8)  # in compute precision and fp32, and gradients
-    tower = num_computed * element_bytes * _tower_elements(vision, tp, tower_trains)
-    kept = (text_part + keys_part + projector_part) * element_bytes
-    if tower_trains:
-        return kept + tower + logits
-    return max(kept + logits, tower)  # a frozen tower has let go of its memory when the logits come
-
-
-def _tower_elements(vision: VisionShape, tp: int, trains: bool) -> float:
-    """Elements per token: of all layers where they are kept for a backward pass, else of one layer at work."""
-    h, f = vision.hidden_size, vision.ffn_size
-    layer = 4 * h + (4 * h + 2 * f) / tp  # norms' inputs and outputs; q, k, v, attention's output; fc1's output, GELU's
-    layers = vision.num_layers + vision.num_global_layers if trains else 1
-    return layers * layer + vision.projector_input_size
 
 
 def tokens_per_step(vision: VisionShape, *, global_batch_size: int, text_tokens: int) -> dict[str, int]:

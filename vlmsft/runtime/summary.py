@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from vlmsft.mllama import sizes
+from vlmsft.mllama.memory import memory_estimate
 from vlmsft.runtime import logging as run_logging
 from vlmsft.runtime.progress import global_batch_size, total_steps
 
@@ -220,10 +221,11 @@ def memory_gib(trainer: Trainer, pl_module: LightningModule) -> float | None:
     if shapes is None or not hasattr(data, "decoder_seq_length"):
         return None
     strategy: Any = trainer.strategy
+    config: Any = pl_module.config
     tp = getattr(strategy, "tensor_model_parallel_size", 1)
     counts = count_parameters(pl_module, tp)
     names = [name for name, _ in pl_module.named_parameters()]
-    estimate = sizes.memory_estimate(
+    estimate = memory_estimate(
         *shapes,
         micro_batch_size=data.micro_batch_size,
         text_tokens=data.decoder_seq_length,
@@ -236,9 +238,16 @@ def memory_gib(trainer: Trainer, pl_module: LightningModule) -> float | None:
         freeze_vision_model=not counts["tower"][1],
         freeze_vision_projection=not counts["projector"][1],
         lora=sizes.Count(counts["LoRA"][0]) if "LoRA" in counts else sizes.NONE,
-        lora_in_tower=any(".adapter." in name and ".vision_encoder." in name for name in names),
+        lora_modules=list(dict.fromkeys(name.split(".adapter.")[0] for name in names if ".adapter." in name)),
+        lora_dropout=bool(getattr(getattr(pl_module, "model_transform", None), "dropout", True)),
+        recompute_text=_recomputes(config.language_model_config),
+        recompute_tower=_recomputes(config.vision_model_config),
     )
     return estimate.peak / sizes.GIB
+
+
+def _recomputes(config: Any) -> bool:
+    return getattr(config, "recompute_granularity", None) == "full"
 
 
 def count_parameters(module: torch.nn.Module, tensor_model_parallel_size: int = 1) -> dict[str, tuple[int, int]]:

@@ -1,0 +1,343 @@
+"""Memory of one GPU that trains an MLlama, from plain numbers: pure arithmetic, so that a plan needs neither torch nor a
+GPU.
+
+One term per tensor that is there at the highest point of a step, in the manner of Korthikanti et al. 2022 ("Reducing
+Activation Recomputation in Large Transformer Models", section 4). Which tensors these are was read from the code that
+keeps them: vlmsft/mllama, TransformerEngine 2.9, Megatron-Core 0.15.3, NeMo's LoRA, torch's flash attention. No term is
+fitted; benchmarks/memory_model.py compares them with a GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from vlmsft.mllama.sizes import GIB, NONE, Count, TextShape, VisionShape, parameter_counts
+
+WORKSPACE_BYTES = 0.1 * GIB
+"""cuBLAS' and TransformerEngine's workspaces, 32 MiB each on Hopper, which torch's allocator holds."""
+CONTEXT_BYTES = 1.5 * GIB
+"""Beside torch's allocator: the CUDA context with the kernels' code, NCCL's buffers (1 to 2 GiB by nvidia-smi)."""
+ALLOCATOR_BYTES = 2**20
+"""Lost for each large tensor: torch's allocator takes memory in units of 2 MiB, half a unit is cut off on average."""
+MASK = 0.5  # a dropout mask has a byte an element: half an element of 16 bits
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes on one GPU.
+
+    weights, gradients, optimizer: there throughout
+    activations: all else that torch's allocator holds at the highest point of a step
+    build: the highest point while the model is built, before optimizer and activations exist
+    overhead: what the process takes beside what torch counts as allocated: context, NCCL, the allocator's loss
+    """
+
+    weights: float
+    gradients: float
+    optimizer: float
+    activations: float
+    build: float
+    overhead: float
+
+    @property
+    def training(self) -> float:
+        return self.weights + self.gradients + self.optimizer + self.activations
+
+    @property
+    def peak(self) -> float:
+        """As torch.cuda.max_memory_allocated() tells it."""
+        return max(self.training, self.build)
+
+    @property
+    def device(self) -> float:
+        """What the GPU must have."""
+        return self.peak + self.overhead
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A micro batch.
+
+    text: text tokens, padding too
+    answers: those of them that have a label: logits are computed for these only
+    computed: tokens in the tower, which computes with all tiles of an image and pads each
+    seen: tokens of the real tiles, which cross-attention sees
+    """
+
+    text: float
+    answers: float
+    computed: float
+    seen: float
+
+
+@dataclass(frozen=True)
+class Training:
+    """What decides which tensors are kept.
+
+    text, tower, projector: their own weights train
+    lora_modules: names (as in sizes.lora_matrices) of the matrices with LoRA factors
+    lora_dropout: it is more than 0
+    recompute_text, recompute_tower: recompute_granularity=full
+    """
+
+    text: bool
+    tower: bool
+    projector: bool
+    lora_modules: Sequence[str] = ()
+    lora_dropout: bool = True
+    recompute_text: bool = False
+    recompute_tower: bool = False
+
+    @property
+    def through_tower(self) -> bool:
+        """Whether the backward pass goes through the tower."""
+        return self.tower or any(".vision_encoder." in name for name in self.lora_modules)
+
+    @property
+    def through_projector(self) -> bool:
+        in_projector = any(".vision_projection." in name for name in self.lora_modules)
+        return self.through_tower or self.projector or in_projector
+
+
+def memory_estimate(
+    text: TextShape,
+    vision: VisionShape,
+    *,
+    micro_batch_size: int,
+    text_tokens: int,
+    answer_tokens: int | None = None,
+    images_per_sample: float = 1.0,
+    tiles_per_image: float | None = None,
+    tensor_model_parallel_size: int = 1,
+    sequence_parallel: bool = False,
+    data_parallel_size: int = 1,
+    distributed_optimizer: bool = True,
+    bf16: bool = True,
+    freeze_language_model: bool = False,
+    freeze_vision_model: bool = False,
+    freeze_vision_projection: bool = False,
+    lora: Count = NONE,
+    lora_modules: Sequence[str] = (),
+    lora_dropout: bool = True,
+    recompute_text: bool = False,
+    recompute_tower: bool = False,
+) -> MemoryEstimate:
+    """Estimate of one GPU's memory for full fine-tuning or LoRA with TransformerEngine's layers, PP = CP = 1.
+
+    text_tokens: padded text length of a micro batch's samples; answer_tokens: with a label (None = all)
+    tiles_per_image: real tiles (None = max_num_tiles); the tower always computes with max_num_tiles of them
+    lora: its factors (`lora_count`), which train beside the parts that aren't frozen; lora_modules: where they sit
+    The rest as in `Training`. Formulas: `training_bytes` and `activation_bytes`.
+    """
+    tp = tensor_model_parallel_size
+    counts = parameter_counts(text, vision)
+    training = Training(
+        text=not freeze_language_model,
+        tower=not freeze_vision_model,
+        projector=not freeze_vision_projection,
+        lora_modules=lora_modules,
+        lora_dropout=lora_dropout,
+        recompute_text=recompute_text,
+        recompute_tower=recompute_tower,
+    )
+    trains = {"text": training.text, "tower": training.tower, "projector": training.projector}
+    held = sum(count.per_rank(tp) for count in counts.values()) + lora.per_rank(tp)
+    trained = sum(count.per_rank(tp) for part, count in counts.items() if trains[part]) + lora.per_rank(tp)
+    shards = data_parallel_size if distributed_optimizer else 1
+    weights, gradients, optimizer = training_bytes(held, trained, bf16=bf16, optimizer_shards=shards)
+
+    tiles = vision.max_num_tiles if tiles_per_image is None else tiles_per_image
+    images = micro_batch_size * images_per_sample
+    batch = Batch(
+        text=micro_batch_size * text_tokens,
+        answers=micro_batch_size * (text_tokens if answer_tokens is None else answer_tokens),
+        computed=images * vision.max_num_tiles * vision.padded_tokens_per_tile,
+        seen=images * tiles * vision.tokens_per_tile,
+    )
+    element = 2 if bf16 else 4
+    whole = tp if sequence_parallel else 1
+    return MemoryEstimate(
+        weights=weights,
+        gradients=gradients,
+        optimizer=optimizer,
+        activations=WORKSPACE_BYTES + activation_bytes(text, vision, batch, training, tp, whole, element),
+        # Megatron moves what trains into a buffer beside the gradients': for a moment it is there twice
+        build=element * (held + trained) + 4 * trained,
+        overhead=CONTEXT_BYTES + ALLOCATOR_BYTES * _num_large_tensors(text, vision, training),
+    )
+
+
+def training_bytes(held: int, trained: int, *, bf16: bool, optimizer_shards: int) -> tuple[float, float, float]:
+    """(weights, gradients, optimizer) of a rank that holds `held` parameters and trains `trained` of them.
+
+    Per trained parameter, with d shards (Megatron-LM, docs/source/api-guide/dist_optimizer.md):
+      bf16: weights 2 + fp32 main gradients 4 + (fp32 master weights, exp_avg, exp_avg_sq) 12 / d bytes
+      fp32: weights 4 + gradients 4 + (exp_avg, exp_avg_sq) 8 / d bytes
+    A frozen parameter costs its weight only.
+    """
+    return (2 if bf16 else 4) * held, 4 * trained, (12 if bf16 else 8) * trained / optimizer_shards
+
+
+def activation_bytes(
+    text: TextShape, vision: VisionShape, batch: Batch, training: Training, tp: int, whole: int, element_bytes: int
+) -> float:
+    """The highest of: the tower at work; the end of the forward pass; the backward pass in a recomputed layer.
+
+    tp: tensor-parallel size, which divides what lies between column- and row-parallel matrices
+    whole: divisor of what lies outside them: 1, or tp with sequence parallelism
+    """
+    tower_kept, tower_working = _tower_bytes(vision, batch, training, tp, element_bytes)
+    text_kept, text_working = _text_bytes(text, batch, training, tp, whole, element_bytes)
+    logits = _logits_bytes(text, batch, training, tp, element_bytes)
+    image_tokens = batch.seen * text.hidden_size * element_bytes
+    after_forward = tower_kept + image_tokens + text_kept + max(logits, text_working)
+    return max(after_forward, tower_kept + tower_working)
+
+
+def _text_bytes(
+    text: TextShape, batch: Batch, training: Training, tp: int, whole: int, element_bytes: int
+) -> tuple[float, float]:
+    """(kept for the backward pass, passing while a layer is computed backwards)."""
+    h, f, k = text.hidden_size, text.ffn_hidden_size, text.key_size
+    lora = _LoraInputs.of(training, text)
+    self_layer, cross_layer = _self_layer(text, training, tp, whole), _cross_layer(text, training, tp, whole)
+    # of each vision token: keys and values as one, keys before and after their norm
+    keys = 4 * k / tp
+    layers = batch.text * (text.num_layers * self_layer + text.num_cross_attention_layers * cross_layer)
+    layers += batch.text * (lora.text_whole / whole + lora.text_split / tp)
+    layers += batch.seen * (text.num_cross_attention_layers * keys + lora.image)
+    final_norm = batch.text * h / whole
+    # gradients of the MLP's two inner widths, of the layer's output and of what a norm gives and takes
+    passing = batch.text * (3 * f / tp + 3 * h / whole)
+    if training.through_projector:  # the sum of the image tokens' gradients, and the one to be added
+        passing += batch.seen * 2 * h
+    if not training.recompute_text:
+        return (layers + final_norm) * element_bytes, passing * element_bytes
+    # only the input of each self-attention layer, with the cross-attention layer before it; one of them at work
+    inputs = batch.text * text.num_layers * h / whole
+    per_layer = lora.per_layer(text)
+    at_work = batch.text * (self_layer + cross_layer + per_layer.text_whole / whole + per_layer.text_split / tp)
+    at_work += batch.seen * (keys + per_layer.image)
+    return (inputs + final_norm) * element_bytes, (at_work + passing) * element_bytes
+
+
+def _self_layer(text: TextShape, training: Training, tp: int, whole: int) -> float:
+    """Elements per text token that a self-attention layer keeps, LoRA's own aside."""
+    h, f, q, k = text.hidden_size, text.ffn_hidden_size, text.query_size, text.key_size
+    norms = 4 * h  # two norms' inputs and outputs: TransformerEngine keeps the outputs for frozen matrices too
+    # queries, keys and values as one (the values are a view of it), queries and keys rotated, output, its log-sums
+    attention = (q + 2 * k) + (q + k) + q + 2 * text.num_attention_heads
+    mlp = 2 * f  # gate and up
+    weights = (q + f) * training.text  # inputs of linear_proj and linear_fc2
+    return norms / whole + (attention + mlp + weights) / tp
+
+
+def _cross_layer(text: TextShape, training: Training, tp: int, whole: int) -> float:
+    """Elements per text token that a cross-attention layer keeps, LoRA's own aside."""
+    h, f, q = text.hidden_size, text.ffn_hidden_size, text.query_size
+    norms = 4 * h
+    attention = 3 * q + 2 * text.num_attention_heads  # queries before and after their norm, output, its log-sums
+    mlp = 2 * f
+    weights = (q + f) * training.text
+    gated = 2 * h * training.text  # what the two gates multiply
+    return (norms + gated) / whole + (attention + mlp + weights) / tp
+
+
+def _logits_bytes(text: TextShape, batch: Batch, training: Training, tp: int, element_bytes: int) -> float:
+    """Of answers only: in compute precision, and in fp32, where softmax and gradient are computed in place.
+
+    If the output matrix trains, its gradient in compute precision as well, until it is added to the fp32 one.
+    """
+    matrix = text.vocab_size * text.hidden_size / tp
+    rows = batch.answers * (text.vocab_size / tp * (element_bytes + 4) + text.hidden_size * element_bytes)
+    return rows + matrix * element_bytes * training.text
+
+
+def _tower_bytes(
+    vision: VisionShape, batch: Batch, training: Training, tp: int, element_bytes: int
+) -> tuple[float, float]:
+    """(kept for the backward pass, passing while the tower computes)."""
+    h, f = vision.hidden_size, vision.ffn_size
+    lora = _LoraInputs.of(training, vision)
+    num_layers = vision.num_layers + vision.num_global_layers
+    # forward: the residual, a norm's output, the MLP's inner width before and after GELU; intermediate features
+    passing = batch.computed * (2 * h + 2 * f / tp) + batch.seen * vision.num_intermediate_layers * h
+    features = batch.seen * vision.projector_input_size * training.projector
+    if not training.through_tower:
+        return features * element_bytes, passing * element_bytes
+    layer = _tower_layer(vision, training, tp)
+    layers = batch.computed * (num_layers * layer + lora.tower_whole + lora.tower_split / tp)
+    if not training.recompute_tower:
+        return (features + layers) * element_bytes, passing * element_bytes
+    inputs = batch.computed * num_layers * h
+    per_layer = lora.per_layer(vision)
+    at_work = batch.computed * (layer + per_layer.tower_whole + per_layer.tower_split / tp)
+    return (features + inputs) * element_bytes, (passing + at_work) * element_bytes
+
+
+def _tower_layer(vision: VisionShape, training: Training, tp: int) -> float:
+    """Elements per tower token that a layer keeps, LoRA's own aside."""
+    h, f = vision.hidden_size, vision.ffn_size
+    norms = 2 * h  # inputs; the outputs are inputs of the matrices
+    attention = 4 * h  # queries, keys and values as one; output
+    mlp = f  # before GELU
+    whole, split = 2 * h, h + f  # inputs of linear_qkv and linear_fc1; of linear_proj and linear_fc2
+    return norms + (attention + mlp) / tp + training.tower * (whole + split / tp)
+
+
+@dataclass(frozen=True)
+class _LoraInputs:
+    """Elements that LoRA's first factors keep of a token in all layers; those that follow a split matrix are split."""
+
+    text_whole: float = 0
+    text_split: float = 0
+    image: float = 0
+    tower_whole: float = 0
+    tower_split: float = 0
+
+    @classmethod
+    def of(cls, training: Training, shape: TextShape | VisionShape) -> _LoraInputs:
+        """Of the matrices that lie in the text decoder or in the tower, as the shape says."""
+        in_text = isinstance(shape, TextShape)
+        h, f = shape.hidden_size, shape.ffn_hidden_size if in_text else shape.ffn_size
+        q = shape.query_size if in_text else h
+        # the dropped-out input and the mask. Without dropout: the input itself, if nothing else keeps it
+        dropped = (1 + MASK) * training.lora_dropout
+        sums = dict.fromkeys(("text_whole", "text_split", "image", "tower_whole", "tower_split"), 0.0)
+        for module in training.lora_modules:
+            name = module.rpartition(".")[2]
+            if ".decoder." not in module and ".vision_encoder." not in module:
+                continue  # output layer and projector: answers and image tokens only
+            if (".decoder." in module) != in_text:
+                continue
+            side = "text" if in_text else "tower"
+            if name == "linear_kv":  # no mask where the image tokens need no gradient
+                sums["image"] += h * (1 + MASK * training.through_projector) * training.lora_dropout
+            elif name in ("linear_proj", "linear_fc2"):
+                width = q if name == "linear_proj" else f
+                sums[f"{side}_split"] += width * (dropped or 1)
+            elif name in ("linear_qkv", "linear_q", "linear_fc1"):
+                sums[f"{side}_whole"] += h * (dropped or (0 if in_text else 1))
+        return cls(**sums)
+
+    def per_layer(self, shape: TextShape | VisionShape) -> _LoraInputs:
+        """The mean of a layer, with the cross-attention layer that may stand before it."""
+        num_layers = shape.num_layers + (0 if isinstance(shape, TextShape) else shape.num_global_layers)
+        num_cross = shape.num_cross_attention_layers if isinstance(shape, TextShape) else 0
+        return _LoraInputs(
+            text_whole=self.text_whole / num_layers,
+            text_split=self.text_split / num_layers,
+            image=self.image / num_cross if num_cross else 0,
+            tower_whole=self.tower_whole / num_layers,
+            tower_split=self.tower_split / num_layers,
+        )
+
+
+def _num_large_tensors(text: TextShape, vision: VisionShape, training: Training) -> int:
+    """Tensors that a step keeps at once, about: a dozen a layer, or a layer's input where it is recomputed."""
+    layers = 1 if training.recompute_text else 12
+    number = layers * (text.num_layers + text.num_cross_attention_layers)
+    if training.through_tower:
+        number += (1 if training.recompute_tower else 12) * (vision.num_layers + vision.num_global_layers)
+    return number
