@@ -20,10 +20,8 @@ SMALL = {"micro_batch_size": 1, "text_tokens": 256}
 
 
 def lora(targets):
-    count, modules = (
-        f(TEXT_11B, VISION_11B, *args) for f, args in ((lora_count, (8, targets)), (lora_modules, (targets,)))
-    )
-    return {"lora": count, "lora_modules": modules, **FROZEN}
+    shapes = TEXT_11B, VISION_11B
+    return {"lora": lora_count(*shapes, 8, targets), "lora_modules": lora_modules(*shapes, targets), **FROZEN}
 
 
 def estimate(**options):
@@ -59,7 +57,7 @@ def measured_case(micro_batch_size, text_tokens, recompute):
 
 @pytest.mark.parametrize(("micro_batch_size", "text_tokens", "recompute", "gib"), MEASURED_GIB)
 def test_estimate_against_an_h100(micro_batch_size, text_tokens, recompute, gib):
-    """Issued as within 10 %; without a fitted term it is within 2 %, which keeps terms from going wrong unseen."""
+    """No term is fitted; a wrong or forgotten one shows as more than 3 %."""
     assert measured_case(micro_batch_size, text_tokens, recompute).peak / GIB == pytest.approx(gib, rel=0.03)
 
 
@@ -139,12 +137,11 @@ def test_recomputation_saves_most_where_it_matters():
 
 
 @pytest.mark.parametrize(
-    ("targets", "more"),
-    [(["linear_proj"], True), (["linear_fc2"], True), (["linear_qkv"], False), (["linear_kv"], False)],
+    ("name", "more"), [("linear_proj", True), ("linear_fc2", True), ("linear_qkv", False), ("linear_kv", False)]
 )
-def test_lora_keeps_its_inputs(targets, more):
+def test_lora_keeps_its_inputs(name, more):
     """Dropout makes a copy and a mask; without it only inputs that nothing else keeps cost something."""
-    in_text = [f"*.language_model.*.{name}" for name in targets]
+    in_text = [f"*.language_model.*.{name}"]
     nowhere = estimate(**FROZEN).activations
     with_dropout, without = (estimate(**lora(in_text), lora_dropout=on).activations for on in (True, False))
     assert with_dropout > without
@@ -162,6 +159,10 @@ def test_tutorial_full_finetuning_fits_80_gib():
     """8 GPUs, TP 2: known to run with the distributed optimizer over 4 data-parallel ranks."""
     tutorial = estimate(text_tokens=2048, tensor_model_parallel_size=2, data_parallel_size=4)
     assert 45 * GIB < tutorial.device < 78 * GIB
-    assert tutorial.build < tutorial.training
-    many_ranks = estimate(tensor_model_parallel_size=2, data_parallel_size=64, text_tokens=16, recompute_tower=True)
-    assert many_ranks.peak == max(many_ranks.build, many_ranks.training)
+    assert tutorial.build < tutorial.training == tutorial.peak
+
+
+def test_building_may_be_the_peak():
+    """Megatron's buffers hold trained parameters twice for a moment, the optimizer's state hardly anything a rank."""
+    many_ranks = estimate(data_parallel_size=4096, text_tokens=16, recompute_text=True, recompute_tower=True)
+    assert many_ranks.peak == many_ranks.build > many_ranks.training

@@ -1,5 +1,4 @@
-"""Memory of one GPU that trains an MLlama, from plain numbers: pure arithmetic, so that a plan needs neither torch nor a
-GPU.
+"""Memory of one GPU that trains an MLlama: pure arithmetic, so that a plan needs neither torch nor a GPU.
 
 One term per tensor that is there at the highest point of a step, in the manner of Korthikanti et al. 2022 ("Reducing
 Activation Recomputation in Large Transformer Models", section 4). Which tensors these are was read from the code that

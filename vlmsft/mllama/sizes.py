@@ -1,6 +1,7 @@
 """Sizes and parameters of an MLlama from plain numbers: pure arithmetic, so that a plan needs neither torch nor a GPU.
 
-Counts are exact (a test builds the real modules). memory.py and flops.py build on them. Names are those of NeMo's CrossAttentionTextConfig and CrossAttentionVisionConfig.
+Counts are exact (a test builds the real modules); memory.py and flops.py build on them. Names are those of NeMo's
+CrossAttentionTextConfig and CrossAttentionVisionConfig.
 """
 
 from __future__ import annotations
