@@ -16,6 +16,7 @@ import fcntl
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -30,6 +31,7 @@ from typing import Any
 import fiddle as fdl
 import nemo_run as run
 import psutil
+import yaml
 from nemo_run.config import set_nemorun_home
 from nemo_run.core.serialization.zlib_json import ZlibJSONSerializer
 from torchx.specs.api import AppState, is_terminal
@@ -38,12 +40,13 @@ from vlmsft.errors import USER_ERROR_EXIT_CODE, Problem, UserError, format_probl
 from vlmsft.runtime.logging import console, log_path, quiet, rank_from_environment
 
 FAILED_EXIT_CODE = 1
+CANCELLED_EXIT_CODE = 128 + signal.SIGTERM
 RECIPE_FILE = "recipe.json"
 """The frozen recipe in a run folder, as NeMo-Run's ZlibJSONSerializer writes it."""
 FAILURE_FILE = "failure.json"
 """What the first worker that failed has to say, in the run folder."""
-STOP_SECONDS = 40.0
-"""Time for workers to end: torchrun itself waits 30 s for its own."""
+STOP_SECONDS = 120.0
+"""Time for workers to end their step and to save a checkpoint."""
 UNFINISHED_SUFFIX = "-unfinished"
 """NeMo's ModelCheckpoint.UNFINISHED_CHECKPOINT_SUFFIX."""
 POLL_SECONDS = 1.0
@@ -68,13 +71,16 @@ class Job:
 
 def run_here(job: Job) -> None:
     """Train in this process; NeMo's own output goes to the run folder. Ends the process when it was interrupted."""
-    with _end_on_signal(job), quiet(job.run_dir):
+    with _end_on_signal(lambda number: _say(f"{_name(number)}: {how_to_go_on(job)}")), quiet(job.run_dir):
         run.run(job.recipe, direct=True)
 
 
 @contextlib.contextmanager
-def _end_on_signal(job: Job) -> Iterator[None]:
-    """Turns what Lightning makes of Ctrl-C and SIGTERM (exit code 1, exit code 0) into a message and 128 + signal."""
+def _end_on_signal(explain: Callable[[int], None]) -> Iterator[None]:
+    """Turns what Lightning makes of Ctrl-C and SIGTERM (exit code 1, exit code 0) into 128 + signal.
+
+    explain: called with the signal's number before that
+    """
     received: list[int] = []
 
     def handle(number: int, frame: FrameType | None) -> None:
@@ -95,7 +101,7 @@ def _end_on_signal(job: Job) -> Iterator[None]:
         except BaseException:
             if not received:
                 raise
-            _say(f"{_name(received[0])}: {how_to_go_on(job)}")
+            explain(received[0])
             sys.exit(128 + received[0])
 
 
@@ -168,28 +174,31 @@ def read_job(run_dir: str | os.PathLike[str]) -> Job:
 
 
 def work(finetune: Callable[[], Any], run_dir: str) -> None:
-    """What a worker started by an executor runs. The first that fails leaves its reason in the run folder."""
+    """What a worker started by an executor runs. The first that fails or is ended by a signal leaves its reason in the
+    run folder; launch/slurm.yaml's script looks there whether to requeue the job."""
+    if rank_from_environment() == 0:
+        Path(run_dir, FAILURE_FILE).unlink(missing_ok=True)  # of the attempt before, where Slurm has requeued the job
     try:
-        with quiet(run_dir):
+        with _end_on_signal(lambda number: _keep_failure(run_dir, 128 + number, f"{_name(number)}.")), quiet(run_dir):
             finetune()
+    except UserError as error:
+        _keep_failure(run_dir, USER_ERROR_EXIT_CODE, format_problems(error))
+        raise
     except Exception as error:
-        _keep_failure(run_dir, error)
+        _keep_failure(run_dir, FAILED_EXIT_CODE, "".join(traceback.format_exception(error)))
         raise
 
 
-def _keep_failure(run_dir: str, error: Exception) -> None:
-    if isinstance(error, UserError):
-        failure = {"exit_code": USER_ERROR_EXIT_CODE, "message": format_problems(error)}
-    else:
-        failure = {"exit_code": FAILED_EXIT_CODE, "message": "".join(traceback.format_exception(error))}
+def _keep_failure(run_dir: str, exit_code: int, message: str) -> None:
+    failure = {"exit_code": exit_code, "rank": rank_from_environment(), "message": message}
     with contextlib.suppress(FileExistsError), open(Path(run_dir, FAILURE_FILE), "x", encoding="utf-8") as file:
-        json.dump({"rank": rank_from_environment(), **failure}, file, ensure_ascii=False)
+        json.dump(failure, file, ensure_ascii=False)
 
 
 def is_local(executor: run.Config) -> bool:
     """Whether it runs jobs on this machine, where they are followed to their end."""
     target = fdl.get_callable(executor)
-    return isinstance(target, type) and issubclass(target, run.LocalExecutor)
+    return isinstance(target, type) and issubclass(target, (run.LocalExecutor, run.DockerExecutor))
 
 
 def torchrun_executor(num_processes: int) -> run.Config:
@@ -197,7 +206,7 @@ def torchrun_executor(num_processes: int) -> run.Config:
     return run.Config(run.LocalExecutor, launcher="torchrun", ntasks_per_node=num_processes)
 
 
-def launch(job: Job, config: run.Config, *, dry_run: bool = False) -> int:
+def launch(job: Job, config: run.Config, *, dry_run: bool = False, follow: bool = False) -> int:
     """Start the job through an executor; gives the exit code.
 
     On this machine the job is followed to its end; elsewhere it is submitted. NeMo-Run reports a failed job as if all
@@ -205,12 +214,11 @@ def launch(job: Job, config: run.Config, *, dry_run: bool = False) -> int:
 
     config: of the executor
     dry_run: write what would be submitted, and submit nothing
+    follow: wait for the end of a submitted job too; its exit code is given then. Ctrl-C leaves it running
     """
     home = Path(job.run_dir, "nemo_run")
     set_nemorun_home(str(home))
-    executor: Any = fdl.build(config)
-    local = is_local(config)
-    executor.env_vars = {**(_local_environment() if local else {}), **executor.env_vars}
+    executor = build_executor(config)
     Path(job.run_dir, FAILURE_FILE).unlink(missing_ok=True)
     _append_to_stdout()
     with quiet(job.run_dir):  # workers on this machine find the user's console through it
@@ -221,53 +229,116 @@ def launch(job: Job, config: run.Config, *, dry_run: bool = False) -> int:
             experiment.add(run.Partial(work, finetune=job.recipe, run_dir=job.run_dir), executor=executor, name=TASK)
             if dry_run:
                 return _dry_run(experiment)
-            return _follow(job, experiment) if local else _submit(job, experiment)
+            if is_local(config):
+                return _follow_here(job, experiment)
+            _submit(job, experiment)
+            return _follow_there(job, experiment) if follow else 0
+
+
+def build_executor(config: run.Config) -> Any:
+    """The executor, with what its workers need to be found. Raises UserError where it can't be made: a package or a
+    cluster's credentials are missing.
+    """
+    with as_user_errors():
+        executor: Any = fdl.build(config)
+    if isinstance(executor, run.LocalExecutor):
+        executor.env_vars = {**_local_environment(), **executor.env_vars}
+    elif isinstance(executor, run.SlurmExecutor):
+        executor.env_vars = {**_slurm_environment(executor), **executor.env_vars}
+    return executor
+
+
+def _slurm_environment(executor: run.SlurmExecutor) -> dict[str, str]:
+    """Where there is no container, the job runs in the environment that it is submitted from, also where that isn't
+    first on PATH. The batch script writes values as they are, so its own PATH follows."""
+    if executor.container_image is not None or not isinstance(executor.tunnel, run.LocalTunnel):
+        return {}
+    return {"PATH": f"{shlex.quote(os.path.dirname(sys.executable))}:$PATH"}
 
 
 @contextlib.contextmanager
-def _as_user_errors() -> Iterator[None]:
-    """What executors and packagers say of a repository that isn't there or isn't committed."""
+def as_user_errors() -> Iterator[None]:
+    """What executors and packagers say of a package, a repository or a cluster that isn't there."""
     try:
         yield
-    except (AssertionError, RuntimeError, ValueError, subprocess.CalledProcessError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # each cloud's client has errors of its own
+        if not isinstance(error, _EXECUTORS_ERRORS) and type(error).__module__.split(".")[0] not in _CLIENTS:
+            raise
         raise UserError(
             Problem("launch.executor", str(error) or repr(error), "a job that NeMo-Run can prepare")
         ) from error
 
 
+_EXECUTORS_ERRORS = (AssertionError, ImportError, OSError, RuntimeError, ValueError, subprocess.CalledProcessError)
+_CLIENTS = ("docker", "invoke", "kubernetes", "leptonai", "paramiko", "requests", "sky", "urllib3")
+"""Packages whose errors are about the user's machine, account or cluster."""
+
+
 def _dry_run(experiment: run.Experiment) -> int:
-    with _as_user_errors():
+    with as_user_errors():
         experiment.dryrun(log=False, delete_exp_dir=False)
-    scripts = sorted(str(path) for path in Path(experiment._exp_dir).glob("*_sbatch.sh"))
-    _say(f"dry run, nothing was started: {', '.join(scripts) or experiment._exp_dir}")
+    folder = Path(experiment._exp_dir)
+    for submitted in experiment.jobs:
+        Path(folder, f"{submitted.id}_request.txt").write_text(request_text(submitted), encoding="utf-8")
+    written = sorted(str(path) for path in (*folder.glob("*_sbatch.sh"), *folder.glob("*_request.txt")))
+    _say(f"dry run, nothing was started: {', '.join(written)}")
     return 0
 
 
-def _submit(job: Job, experiment: run.Experiment) -> int:
-    with _as_user_errors():
+def request_text(prepared: Any) -> str:
+    """What NeMo-Run would send, of a job after its dry run, as far as NeMo-Run shows it.
+
+    prepared: nemo_run's Job
+    """
+    information = prepared._dryrun_info
+    if hasattr(prepared.executor, "get_job_body"):  # Kubeflow's: its own text names the command only
+        request = information.request
+        return yaml.safe_dump(prepared.executor.get_job_body(request.name, request.cmd), sort_keys=False)
+    return str(information)
+
+
+def _submit(job: Job, experiment: run.Experiment) -> None:
+    with as_user_errors():
         experiment.run(detach=True)
     status = experiment.status(return_dict=True) or {}
     submitted = ", ".join(str(task["job_id"]) for task in status.values())
     _say(f"submitted {submitted}; run folder {job.run_dir}, output below {experiment._exp_dir}")
-    return 0
+    manage = f"NEMORUN_HOME={Path(job.run_dir, 'nemo_run')} nemorun experiment"
+    _say(f"how it is: {manage} status {experiment._id}; logs and cancel likewise")
 
 
-def _follow(job: Job, experiment: run.Experiment) -> int:
+def _follow_here(job: Job, experiment: run.Experiment) -> int:
     with _interrupts() as received:
         try:
-            experiment.run()
-            while not is_terminal(state := _state(experiment)):
-                time.sleep(POLL_SECONDS)
+            with as_user_errors():
+                experiment.run()
+            state = _end_state(experiment)
         except KeyboardInterrupt:
-            _say("stopping ...")
+            _say("stopping after this step (Ctrl-C again: at once) ...")
             with contextlib.suppress(KeyboardInterrupt):  # a second one: at once
-                _terminate(psutil.Process().children(), STOP_SECONDS)
-            _kill_children()
+                _stop_here(experiment)
+            _kill(psutil.Process().children(recursive=True))
             _say(f"{_name(received[0])}: {how_to_go_on(job)}")
             return 128 + received[0]
-    if state == AppState.SUCCEEDED:
-        return 0
-    return _explain_failure(job, experiment._exp_dir)
+    return 0 if state == AppState.SUCCEEDED else explain_failure(job.run_dir, experiment._exp_dir)
+
+
+def _follow_there(job: Job, experiment: run.Experiment) -> int:
+    _say("waiting for its end (Ctrl-C leaves it running) ...")
+    state = _end_state(experiment)
+    if state == AppState.CANCELLED:
+        _say(f"cancelled: {how_to_go_on(job)}")
+        return CANCELLED_EXIT_CODE
+    return 0 if state == AppState.SUCCEEDED else explain_failure(job.run_dir, experiment._exp_dir)
+
+
+def _end_state(experiment: run.Experiment) -> AppState:
+    """Waits for it. A state that is unknown for now (accounting lags behind, or is away) isn't an end."""
+    while not is_terminal(state := _state(experiment)):
+        time.sleep(POLL_SECONDS)
+    return state
 
 
 @contextlib.contextmanager
@@ -288,18 +359,35 @@ def _state(experiment: run.Experiment) -> AppState:
     return status[TASK]["status"]  # type: ignore[return-value]
 
 
-def _terminate(processes: Sequence[psutil.Process], seconds: float) -> None:
-    """SIGTERM to torchrun, which hands it on; then wait for all that it started."""
+def _stop_here(experiment: run.Experiment) -> None:
+    workers = psutil.Process().children()
+    if workers:
+        stop(workers, STOP_SECONDS)
+    else:  # a container, which is Docker's child
+        experiment.cancel(TASK)
+
+
+def stop(processes: Sequence[psutil.Process], seconds: float) -> None:
+    """SIGTERM to the workers of local jobs, which save a checkpoint and end; then wait for all of the family.
+
+    Not to torchrun: it would kill its workers after 30 s, whether they have saved or not.
+
+    processes: torchrun, or a job's only worker
+    seconds: before what is still alive is killed
+    """
     family = [child for process in processes for child in (process, *process.children(recursive=True))]
-    for process in processes:
+    for worker in [worker for process in processes for worker in _workers(process)]:
         with contextlib.suppress(psutil.NoSuchProcess):
-            process.terminate()
+            worker.terminate()
     _, alive = psutil.wait_procs(family, timeout=seconds)
     _kill(alive)
 
 
-def _kill_children() -> None:
-    _kill(psutil.Process().children(recursive=True))
+def _workers(process: psutil.Process) -> list[psutil.Process]:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        if any(os.path.basename(word) == "torchrun" for word in process.cmdline()[:2]):
+            return process.children() or [process]
+    return [process]
 
 
 def _kill(processes: Sequence[psutil.Process]) -> None:
@@ -309,15 +397,16 @@ def _kill(processes: Sequence[psutil.Process]) -> None:
     psutil.wait_procs(processes, timeout=10)
 
 
-def _explain_failure(job: Job, experiment_dir: str) -> int:
-    logs = f"Logs: {log_path(job.run_dir, 0)} (nemo-rank1.log, ... of other ranks); "
+def explain_failure(run_dir: str, experiment_dir: str) -> int:
+    """Says on the console why a job failed, and gives its exit code, by what its first failed worker left."""
+    logs = f"Logs: {log_path(run_dir, 0)} (nemo-rank1.log, ... of other ranks); "
     logs += f"what came before them: below {experiment_dir}"
     try:
-        failure = json.loads(Path(job.run_dir, FAILURE_FILE).read_text(encoding="utf-8"))
+        failure = json.loads(Path(run_dir, FAILURE_FILE).read_text(encoding="utf-8"))
     except FileNotFoundError:
         _say(f"a worker has died without a word (out of memory, or killed). {logs}")
         return FAILED_EXIT_CODE
-    if failure["exit_code"] == USER_ERROR_EXIT_CODE:
+    if failure["exit_code"] != FAILED_EXIT_CODE:
         _say(failure["message"])
     else:
         _say(f"{failure['message']}rank {failure['rank']} failed. {logs}")
