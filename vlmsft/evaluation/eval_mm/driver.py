@@ -8,7 +8,7 @@ Lines of JSON go to stdout, and come from stdin; what libraries print goes to st
 
     {"metric": ..., "judge_model": ..., "references": [...], "answers": [...], "fields": [...]}
 
-and for each writes {"judge": [messages, ...]} whenever the scorer wants replies, reads {"replies": [text or null, ...]},
+for each writes {"judge": [messages, ...]} whenever the scorer wants replies, reads {"replies": [text or null, ...]},
 and at last writes {"scores": [...]}: what the scorer gave for each answer, null where a reply was null.
 
 `--tasks FILE` is a Python file with TASKS = {id: class} and, if it likes, SCORERS = {metric: class}, of eval_mm's
