@@ -24,6 +24,7 @@ from rich.progress import Progress
 from vlmsft.errors import Problem, UserError, nearest
 from vlmsft.facts import CPU_STRATEGY, LOCAL_EXECUTOR, TENSOR_PARALLEL, TEXT, VISION, Facts, shapes
 from vlmsft.feasibility import infeasible
+from vlmsft.launch_checks import secrets_stay_out, time_is_left_before_the_signal
 from vlmsft.mllama import sizes
 from vlmsft.paths import DATASETS, is_local, with_absolute_paths
 from vlmsft.runtime.logging import console
@@ -457,6 +458,8 @@ CHECKS: tuple[Callable[[Facts], Iterator[Problem]], ...] = (
     datasets_are_named,
     something_is_trained,
     lora_targets,
+    secrets_stay_out,
+    time_is_left_before_the_signal,
     processor_fits,
     checkpoint_exists,
     data_files,
