@@ -76,17 +76,14 @@ def plan_of(cfg: DictConfig, folders: list[Path]) -> Plan:
     base = values["base"] or (names[0] if names else "")
     if names and base not in names:
         problems.append(Problem("base", repr(base), f"one of {', '.join(names)}"))
-    judge = judge_of(values["judge"], values["dryrun"])
-    if problems:
-        raise UserError(problems)
     generation = {**values["generation"], "stop": tuple(values["generation"]["stop"])}
     settings = Settings(
         generation=Generation(**generation),
-        limit=values["limit"],
+        limit=values["limit"] if is_limit(values["limit"]) else None,  # so that the rest can be checked
         repeats=values["repeats"],
         timeout_seconds=values["timeout_seconds"],
         num_attempts=values["num_attempts"],
-        judge=judge,
+        judge=judge_of(values["judge"], values["dryrun"]),
         eval_mm=EvalMM(**values["eval_mm"]),
     )
     return Plan(
@@ -100,6 +97,7 @@ def plan_of(cfg: DictConfig, folders: list[Path]) -> Plan:
         output=Path(absolute_path(values["output"])),
         force=values["force"],
         dryrun=values["dryrun"],
+        problems=problems,
     )
 
 
@@ -115,6 +113,10 @@ def judge_of(values: dict[str, Any], is_dryrun: bool) -> JudgeSettings | None:
     return JudgeSettings(**{**given, "base_url": given["base_url"].rstrip("/"), "api_key": key})
 
 
+def is_limit(value: Any) -> bool:
+    return value is None or (isinstance(value, int) and not isinstance(value, bool) and value >= 1)
+
+
 def value_problems(values: dict[str, Any]) -> list[Problem]:
     """Numbers out of their range, and an id that is no file name."""
     problems = []
@@ -127,7 +129,7 @@ def value_problems(values: dict[str, Any]) -> list[Problem]:
             limits = f"from {least} to {most}" if most is not None else f"of at least {least}"
             problems.append(Problem(key, repr(value), f"a {'whole ' if kind is int else ''}number {limits}"))
     limit, id = values["limit"], values["id"]
-    if limit is not None and (not isinstance(limit, int) or limit < 1):
+    if not is_limit(limit):
         problems.append(Problem("limit", repr(limit), "a number of questions, or null for all"))
     if id is not None and (not isinstance(id, str) or "/" in id or id.startswith(".") or not id):
         problems.append(Problem("id", repr(id), "a folder's name"))
