@@ -63,17 +63,13 @@ def make(folder: Path, num: int = 12, repeats: int = 1, num_pictures: int = 3, s
                     )
                     plain = float(generator.integers(0, 90)) + 10 * (model == "sft")
                     reason = f"no answer: {error}" if has_none else None
-                    scores.append(
-                        Score(model, task, sample.id, repeat, "rougel", None if has_none else plain, reason)
-                    )
+                    scores.append(Score(model, task, sample.id, repeat, "rougel", None if has_none else plain, reason))
                     if task == "heron":
                         points = None if has_none or index == 7 else 3.0 + (model != "base") * (index % 3)
                         of = None if points is None else 8.0
                         reason = "no verdict in the judge's reply: 'I can't'" if points is None else '{"score": 3}'
                         group = ("conv", "detail", "complex")[index % 3]
-                        scores.append(
-                            Score(model, task, sample.id, repeat, "heron-bench", points, reason, of, group)
-                        )
+                        scores.append(Score(model, task, sample.id, repeat, "heron-bench", points, reason, of, group))
     store.write_scores(scores)
     return store
 
