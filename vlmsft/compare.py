@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from vlmsft.report.record import RunRecord
+    from vlmsft.report.table import RunTable
 
 SOURCES = ("sweep", "runs", "wandb")
 FORMATS = ("table", "csv", "markdown")
@@ -54,6 +55,7 @@ def compare(cfg: DictConfig) -> None:
     form = cfg.format or FORMAT_OF_SUFFIX.get(Path(cfg.output or "").suffix, "table")
     if cfg.output is not None:
         write_new(Path(cfg.output), as_text(table, form))
+        print(f"table: {cfg.output}")
     elif not cfg.watch:
         show(table, form)
     write_pages(cfg, found.runs)
@@ -138,24 +140,24 @@ def _offline(runs: Sequence[RunRecord]) -> list[str]:
 # --- showing ----------------------------------------------------------------------------------------------------------
 
 
-def show(table, form: str) -> None:
+def show(table: RunTable, form: str) -> None:
     from vlmsft.report.table import as_rich
     from vlmsft.runtime.logging import console
 
-    if form == "table":
+    if form == "table" and console().is_terminal:
         console().print(as_rich(table, console()))
     else:
         sys.stdout.write(as_text(table, form))
 
 
-def as_text(table, form: str) -> str:
+def as_text(table: RunTable, form: str) -> str:
     from vlmsft.report.table import as_csv, as_markdown
 
     return {"csv": as_csv, "markdown": as_markdown, "table": _plain}[form](table)
 
 
-def _plain(table) -> str:
-    """The terminal's table without a terminal."""
+def _plain(table: RunTable) -> str:
+    """The terminal's table without a terminal: as wide as it is."""
     import io
 
     from rich.console import Console
@@ -163,8 +165,8 @@ def _plain(table) -> str:
     from vlmsft.report.table import as_rich
 
     page = io.StringIO()
-    made = as_rich(table, Console(file=page, width=10_000))
-    Console(file=page, width=10_000).print(made)
+    wide = Console(file=page, width=100_000)
+    wide.print(as_rich(table, wide))
     return "\n".join(line.rstrip() for line in page.getvalue().splitlines()) + "\n"
 
 

@@ -109,8 +109,15 @@ def _is_nan(value: Any) -> bool:
 
 
 def _text(value: Any) -> str:
-    """A config's value or a metric, with all its digits."""
+    """A config's value with all its digits."""
     return repr(value) if isinstance(value, float) else show(value)
+
+
+def _full(value: Any, column: Column) -> str:
+    """A metric with seven digits, as metrics.csv has it; a config's value with all of its."""
+    if column.is_metric:
+        return f"{value:.0f}" if float(value).is_integer() else f"{value:.7g}"
+    return _text(value)
 
 
 def _short(value: Any, column: Column) -> str:
@@ -126,12 +133,12 @@ def _short(value: Any, column: Column) -> str:
 
 
 def as_csv(table: RunTable) -> str:
-    """Column keys, all digits; what has no value is empty, NaN is "nan"."""
+    """Column keys; what has no value is empty, NaN is "nan"."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow([column.key for column in table.columns])
     for row in table.rows:
-        writer.writerow([_text(row[column.key]) if column.key in row else "" for column in table.columns])
+        writer.writerow([_full(row[column.key], column) if column.key in row else "" for column in table.columns])
     return text.getvalue()
 
 
@@ -173,10 +180,10 @@ def best_cells(table: RunTable) -> set[tuple[int, str]]:
 
 
 def as_rich(table: RunTable, console: Console) -> RichTable:
-    """For a terminal: the best values bold. Where it is wider than the terminal, each run gets a column instead of a
-    row; what is wider still is folded."""
+    """The best values bold. Where it is wider than the console, each run gets a column instead of a row; what is wider
+    still is folded."""
     wide = _rich(table, transposed=False)
-    if console.measure(wide).maximum <= console.width or not console.is_terminal:
+    if console.measure(wide).maximum <= console.width:
         return wide
     tall = _rich(table, transposed=True)
     return tall if console.measure(tall).maximum <= console.width else wide
