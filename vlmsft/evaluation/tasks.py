@@ -29,6 +29,8 @@ FILE_SUFFIXES = (".json", ".jsonl", ".parquet")
 SENT_AS_THEY_ARE = {"JPEG": "jpeg", "PNG": "png", "WEBP": "webp"}
 """Picture formats that every server reads, and their names in data URLs; others are sent as PNG."""
 ID_COLUMNS = ("id", "question_id")
+OPTION_PATHS = {"tasks_file"}
+"""Options of runners that name a file."""
 
 Picture = Path | Callable[[], bytes]
 """A file, or what gives a file's bytes."""
@@ -105,6 +107,8 @@ def read_task(path: Path, defaults: Mapping[str, Any], scorers: Mapping[str, Any
     config["scorers"] = _scorers(config["scorers"], scorers, path)
     for key in ("data", "image_folder"):
         config[key] = _beside(config[key], path, is_file=key == "data")
+    for key in OPTION_PATHS & config["options"].keys():
+        config["options"][key] = _beside(config["options"][key], path, is_file=False)
     return Task(path.stem, config)
 
 

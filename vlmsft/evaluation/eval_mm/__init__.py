@@ -93,19 +93,16 @@ def describe(task: Task, settings: Settings) -> dict[str, Any]:
     """See vlmsft.evaluation.runner.Runner. Makes the environment and loads the task's data."""
     options = _options(task)
     loaded = _load(task, settings)
+    scorer = {"scorer": "llm-jp-eval-mm", "versions": loaded.versions, "environment": lock_digest()}
     return {
-        "data": fingerprint(loaded.questions),
-        "llm_jp_eval_mm": {"task": options.task, "metrics": list(options.metrics), **loaded.versions},
-        "environment": lock_digest(),
-        "images_last": options.images_last,
+        "data": fingerprint(loaded.questions),  # the order of picture and text is in it
+        "scorers": {metric: scorer for metric in options.metrics},
         "judge": judge_facts(settings.judge) if JUDGED & set(options.metrics) else None,
     }
 
 
 def count(task: Task, model: str, store: Store, settings: Settings) -> Counts:
-    """See vlmsft.evaluation.runner.Runner. Nothing is known before the environment is there."""
-    if not environment_of(settings.eval_mm).is_complete:
-        return Counts(None, None, None, None)
+    """See vlmsft.evaluation.runner.Runner. Judge requests that the cache answers are counted too."""
     questions = _load(task, settings).questions
     num_judged = len(JUDGED & set(_options(task).metrics)) * settings.repeats
     texts = [[question.sample.prompt, *question.sample.references * 2] for question in questions]
