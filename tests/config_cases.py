@@ -16,6 +16,7 @@ from vlmsft.checks import CHECKS, CHECKS_OF_FILES, Facts
 from vlmsft.config_files import root
 from vlmsft.errors import Problem
 from vlmsft.generate import quote_texts
+from vlmsft.sweep import with_keys
 
 DATA = [
     "data.train_path=t.jsonl",
@@ -69,6 +70,8 @@ def compose_command(name: str, arguments: list[str], with_hydra: bool = False) -
     ]
     if name == "generate":  # the command does so itself: a question is any text
         words = quote_texts(words)
+    if name == "sweep":
+        words = with_keys(words)
     for override in OverridesParser.create().parse_overrides(words):
         if override.is_sweep_override():
             first = next(iter(override.sweep_string_iterator()))

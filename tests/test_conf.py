@@ -56,7 +56,8 @@ def test_command_of_header_composes(path, name, arguments):
 def test_a_command_of_the_header_chooses_its_file(path):
     """Else the test above would pass with a file that nobody can read."""
     chosen = [compose_command(name, arguments, with_hydra=True) for name, arguments in commands_in(path.read_text())]
-    group = path.parent.name if path.parent.parent.name != "experiment" else f"experiment/{path.parent.name}@data"
+    groups = {"experiment": f"experiment/{path.parent.name}@data", "hydra": f"hydra/{path.parent.name}"}
+    group = groups.get(path.parent.parent.name, path.parent.name)
     assert path.stem in [str(cfg.hydra.runtime.choices[group]) for cfg in chosen if group in cfg.hydra.runtime.choices]
 
 

@@ -8,6 +8,7 @@ from vlmsft.errors import nearest
 COMMANDS = {
     "prepare": "make a data set: fetch, check, split, write JSONL and shards",
     "train": "fine-tune a model",
+    "sweep": "look after the sweeps that train -m launched: status, resume, retry, cancel, logs",
     "plan": "show what train would run, without starting it",
     "check_data": "read all data once and report what training would refuse or lose",
     "import_ckpt": "make a NeMo checkpoint of a Hugging Face model",

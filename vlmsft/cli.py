@@ -37,25 +37,23 @@ INTERRUPTED_EXIT_CODE = 130
 
 def command(
     config_name: str, after_all: Callable[[], None] | None = None
-) -> Callable[[Callable[[DictConfig], None]], Callable[[], None]]:
+) -> Callable[[Callable[[DictConfig], Any]], Callable[[], None]]:
     """hydra.main on conf/<config_name>.yaml, with the house's error messages.
 
     UserError, raised while composing or by the command itself, is printed without a traceback and ends the process with
     exit code 2. Any other exception is a bug and keeps its traceback. A KeyboardInterrupt ends it with 130.
 
-    In a multirun (-m) the command is called once for each job, and the UserErrors of all jobs come in one message.
-    after_all: called once when no job had one; a command that is to start nothing before all jobs are known to be right
-    only takes note of each, and starts them here
+    In a multirun (-m) the command is called once for each job, and the UserErrors of all jobs come in one message. What
+    it returns goes to Hydra's launcher, which can ask for that message before it starts anything.
+    after_all: called once when no job had one
     """
     register_resolvers()
 
-    def decorate(task: Callable[[DictConfig], None]) -> Callable[[], None]:
-        sweep = Sweep()
-
+    def decorate(task: Callable[[DictConfig], Any]) -> Callable[[], None]:
         @functools.wraps(task)
-        def task_with_messages(cfg: DictConfig) -> None:
-            with _raw_hydra_errors(False), _messages(), sweep.job():
-                task(cfg)
+        def task_with_messages(cfg: DictConfig) -> Any:
+            with _raw_hydra_errors(False), _messages(), _jobs.job():
+                return task(cfg)
 
         run = hydra.main(config_path=str(root() / "conf"), config_name=config_name, version_base="1.3")(
             task_with_messages
@@ -64,12 +62,12 @@ def command(
         @functools.wraps(task)
         def main() -> None:
             with _messages(), _raw_hydra_errors(True):
-                sweep.clear()
+                _jobs.clear()
                 try:
                     run()
                 except (CompactHydraException, OmegaConfBaseException) as error:
                     raise UserError(explain(config_name, _overrides_on_command_line(), error)) from None
-                sweep.raise_problems()
+                raise_multirun_problems()
                 if after_all is not None:
                     with _raw_hydra_errors(False):
                         after_all()
@@ -99,7 +97,7 @@ def multirun_job() -> tuple[int, list[str]] | None:
     return hydra_config.job.num, list(hydra_config.overrides.task)
 
 
-class Sweep:
+class Jobs:
     """What is wrong with the jobs of a multirun, each problem once, with the jobs that have it."""
 
     def __init__(self) -> None:
@@ -138,6 +136,15 @@ class Sweep:
         """The overrides of a job that not all jobs have."""
         common = set.intersection(*(set(overrides) for overrides in self._overrides.values()))
         return [override for override in self._overrides[number] if override not in common]
+
+
+_jobs = Jobs()
+"""Of this process's multirun."""
+
+
+def raise_multirun_problems() -> None:
+    """Raises UserError with what is wrong with the jobs of this multirun that the command was called with so far."""
+    _jobs.raise_problems()
 
 
 @contextmanager

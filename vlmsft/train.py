@@ -1,6 +1,6 @@
 """python -m vlmsft.train key=value ...: fine-tune a model.
 
--m optim.max_lr=1e-5,2e-5       one run for each value, one after the other; nothing starts before all are checked
+-m optim.max_lr=1e-5,2e-5       one run for each value; nothing starts before all are checked (vlmsft.sweeping.launch)
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig, OmegaConf
@@ -23,9 +23,6 @@ if TYPE_CHECKING:
 
     from vlmsft.runtime.job import Job
 
-INTERRUPTED = (130, 143)
-"""Exit codes of a job that Ctrl-C or SIGTERM ended: the jobs after it are not started."""
-
 
 @dataclass(frozen=True)
 class Start:
@@ -34,7 +31,9 @@ class Start:
     executor: None = this machine, without NeMo-Run's launchers where one process is enough
     is_submitted: the executor hands the job over and doesn't wait for its end
     num_processes: on each node
+    num_gpus: of a node; 0 for a training on the CPU
     image_folders: of each file or folder of data
+    infeasible: why this point of a sweep is not to be started
     """
 
     job: Job
@@ -42,91 +41,65 @@ class Start:
     is_submitted: bool
     dry_run: bool
     num_processes: int
+    num_gpus: int
+    max_steps: int
     config_yaml: str
     overrides: list[str]
     image_folders: dict[str, str | None]
+    infeasible: list[Problem] = field(default_factory=list)
 
 
-_multirun: list[Start] = []
+def end_of_multirun() -> None:
+    """The exit code of a multirun, when all its jobs are over."""
+    from vlmsft.sweeping.launch import exit_code
+
+    if exit_code():
+        sys.exit(exit_code())
 
 
-def start_all() -> None:
-    """The jobs of a multirun, one after the other; a failed one doesn't keep the others from running."""
-    starts = _multirun.copy()
-    _multirun.clear()
-    raise_shared_run_folders(starts)
-    codes: dict[int, int] = {}
-    for number, start in enumerate(starts):
-        text = f"\njob {number} ({number + 1} of {len(starts)}): {' '.join(start.overrides)}"
-        console().print(text, style="bold", markup=False, highlight=False)
-        codes[number] = start_one(start, in_child=True)
-        if codes[number] in INTERRUPTED:
-            break
-    if len(starts) > 1:
-        console().print()
-        for number, start in enumerate(starts):
-            console().print(f"{outcome(start, codes.get(number))}: {start.job.run_dir}", markup=False, highlight=False)
-    failed = [code for code in codes.values() if code]
-    if failed:
-        sys.exit(failed[-1] if failed[-1] in INTERRUPTED else 1)
-
-
-def raise_shared_run_folders(starts: Sequence[Start]) -> None:
-    """Raises UserError where jobs have the same run folder: the later one would go on from the earlier's checkpoint."""
-    jobs: dict[str, list[int]] = {}
-    for number, start in enumerate(starts):
-        jobs.setdefault(start.job.run_dir, []).append(number)
-    remedy = "Leave id out, or let id or name differ from job to job, e.g. 'id=a-${hydra:job.num}'"
-    problems = [
-        Problem("run_dir", f"{run_dir} in jobs {', '.join(map(str, numbers))}", "a run folder for each job", remedy)
-        for run_dir, numbers in jobs.items()
-        if len(numbers) > 1
-    ]
-    if problems:
-        raise UserError(problems)
-
-
-def outcome(start: Start, code: int | None) -> str:
-    """What became of a job, in a word or two.
-
-    code: its exit code; None = never started
-    """
-    if code is None:
-        return "not started"
-    if code in INTERRUPTED:
-        return "interrupted"
-    if code != 0:
-        return f"failed with exit code {code}"
-    if start.dry_run:
-        return "dry run"
-    return "submitted" if start.is_submitted else "done"
-
-
-@command("train", after_all=start_all)
-def main(cfg: DictConfig) -> None:
-    recipe, executor, problems = check(cfg)
+@command("train", after_all=end_of_multirun)
+def main(cfg: DictConfig) -> Start | None:
+    is_job = multirun_job() is not None
+    if is_job:
+        raise_other_launcher()
+    recipe, executor, problems = check(cfg, leave_out_infeasible=is_job)
     problems += environment_problems(cfg)
     if problems and rank_from_environment() != 0:
         sys.exit(USER_ERROR_EXIT_CODE)  # rank 0 says it
     if problems:
         raise UserError(problems)
     assert recipe is not None
-    job = multirun_job()
     start = prepare(cfg, recipe, executor, overrides_of_this_run())
-    if job is None:
-        sys.exit(start_one(start, in_child=False))
-    _multirun.append(start)
+    if not is_job:
+        sys.exit(start_one(start))
+    from vlmsft.feasibility import infeasible
+
+    return replace(start, infeasible=infeasible(cfg))
 
 
-def check(cfg: DictConfig) -> tuple[run.Partial | None, run.Config | None, list[Problem]]:
-    """The recipe and the executor (None: this process), and everything that is wrong with the config and its data."""
+def raise_other_launcher() -> None:
+    from hydra.core.hydra_config import HydraConfig
+
+    launcher = HydraConfig.get().runtime.choices["hydra/launcher"]
+    if launcher != "nemo_run":
+        raise UserError(Problem("hydra/launcher", str(launcher), "nemo_run", "launch=... says where the jobs run"))
+
+
+def check(
+    cfg: DictConfig, leave_out_infeasible: bool = False
+) -> tuple[run.Partial | None, run.Config | None, list[Problem]]:
+    """The recipe and the executor (None: this process), and everything that is wrong with the config and its data.
+
+    leave_out_infeasible: what vlmsft.feasibility finds is no problem here: a point of a sweep is marked with it
+    """
     from vlmsft import checks
 
     if rank_from_environment() == 0:
         console().print("checking configuration and data, importing NeMo ...", style="dim", highlight=False)
     made = {}
     with tempfile.TemporaryDirectory() as scratch, quiet(scratch):
-        problems = checks.find_problems(cfg, started_world_size())
+        find_problems = checks.malformed if leave_out_infeasible else checks.find_problems
+        problems = find_problems(cfg, started_world_size())
         # NeMo-Run reads it once, at import: without it, files would go to ~/.nemo_run
         os.environ["NEMORUN_HOME"] = os.path.join(cfg.run_dir, "nemo_run")
         from vlmsft.recipe import finetune_recipe, translate
@@ -209,17 +182,16 @@ def prepare(cfg: DictConfig, recipe: run.Partial, executor: run.Config | None, o
         is_submitted=executor is not None and not is_local(executor),
         dry_run=executor is not None and cfg.launch.dry_run,
         num_processes=num_processes(cfg.trainer.devices, cfg.trainer.accelerator),
+        num_gpus=num_processes(cfg.trainer.devices, "gpu") if cfg.trainer.accelerator == "gpu" else 0,
+        max_steps=cfg.trainer.max_steps,
         config_yaml=OmegaConf.to_yaml(cfg, resolve=True),
         overrides=overrides,
         image_folders={source.path: source.image_folder for source in Facts(cfg, None).datasets},
     )
 
 
-def start_one(start: Start, in_child: bool) -> int:
-    """Runs the job and gives its exit code.
-
-    in_child: not in this process, so that another job can follow
-    """
+def start_one(start: Start) -> int:
+    """Runs the job and gives its exit code."""
     from vlmsft.runtime import job
 
     if rank_from_environment() == 0:
@@ -229,8 +201,6 @@ def start_one(start: Start, in_child: bool) -> int:
         executor = job.torchrun_executor(start.num_processes)
     if executor is not None:
         return job.launch(start.job, executor, dry_run=start.dry_run)
-    if in_child:
-        return job.start_child(start.job)
     job.run_here(start.job)
     return 0
 
