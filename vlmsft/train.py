@@ -30,6 +30,7 @@ class Start:
 
     executor: None = this machine, without NeMo-Run's launchers where one process is enough
     is_submitted: the executor hands the job over and doesn't wait for its end
+    follow: wait for the end of a submitted job, and give its exit code
     num_processes: on each node
     num_gpus: of a node; 0 for a training on the CPU
     image_folders: of each file or folder of data
@@ -39,6 +40,7 @@ class Start:
     job: Job
     executor: run.Config | None
     is_submitted: bool
+    follow: bool
     dry_run: bool
     num_processes: int
     num_gpus: int
@@ -176,10 +178,12 @@ def prepare(cfg: DictConfig, recipe: run.Partial, executor: run.Config | None, o
     from vlmsft.runtime.job import Job, is_local
 
     cfg = with_absolute_paths(cfg)
+    is_submitted = executor is not None and not is_local(executor)
     return Start(
         job=Job(recipe, cfg.run_dir, cfg.name, cfg.id),
         executor=executor,
-        is_submitted=executor is not None and not is_local(executor),
+        is_submitted=is_submitted,
+        follow=is_submitted and cfg.launch.follow,
         dry_run=executor is not None and cfg.launch.dry_run,
         num_processes=num_processes(cfg.trainer.devices, cfg.trainer.accelerator),
         num_gpus=num_processes(cfg.trainer.devices, "gpu") if cfg.trainer.accelerator == "gpu" else 0,
@@ -200,7 +204,7 @@ def start_one(start: Start) -> int:
     if executor is None and start.num_processes > 1 and started_world_size() is None:
         executor = job.torchrun_executor(start.num_processes)
     if executor is not None:
-        return job.launch(start.job, executor, dry_run=start.dry_run)
+        return job.launch(start.job, executor, dry_run=start.dry_run, follow=start.follow)
     job.run_here(start.job)
     return 0
 

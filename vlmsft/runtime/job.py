@@ -12,7 +12,9 @@ which step.
 from __future__ import annotations
 
 import contextlib
+import copy
 import fcntl
+import functools
 import json
 import os
 import re
@@ -50,6 +52,8 @@ STOP_SECONDS = 120.0
 UNFINISHED_SUFFIX = "-unfinished"
 """NeMo's ModelCheckpoint.UNFINISHED_CHECKPOINT_SUFFIX."""
 POLL_SECONDS = 1.0
+DGXCLOUD_SECRET = "DGXCLOUD_CLIENT_SECRET"
+"""The environment variable."""
 TASK = "train"
 
 
@@ -245,6 +249,8 @@ def build_executor(config: run.Config) -> Any:
         executor.env_vars = {**_local_environment(), **executor.env_vars}
     elif isinstance(executor, run.SlurmExecutor):
         executor.env_vars = {**_slurm_environment(executor), **executor.env_vars}
+    elif isinstance(executor, run.DGXCloudExecutor) and not executor.client_secret:
+        _take_secret_from_environment()
     return executor
 
 
@@ -254,6 +260,21 @@ def _slurm_environment(executor: run.SlurmExecutor) -> dict[str, str]:
     if executor.container_image is not None or not isinstance(executor.tunnel, run.LocalTunnel):
         return {}
     return {"PATH": f"{shlex.quote(os.path.dirname(sys.executable))}:$PATH"}
+
+
+@functools.cache
+def _take_secret_from_environment() -> None:
+    """NeMo-Run writes an executor's settings to several files, so the secret is no part of them."""
+    original = run.DGXCloudExecutor.get_auth_token
+
+    def get_auth_token(self: run.DGXCloudExecutor) -> str | None:
+        with_secret = copy.copy(self)
+        with_secret.client_secret = os.environ.get(DGXCLOUD_SECRET, "")
+        if not with_secret.client_secret:
+            raise UserError(Problem(DGXCLOUD_SECRET, "nothing", "the application's secret in the environment"))
+        return original(with_secret)
+
+    run.DGXCloudExecutor.get_auth_token = get_auth_token
 
 
 @contextlib.contextmanager
@@ -266,9 +287,8 @@ def as_user_errors() -> Iterator[None]:
     except Exception as error:  # each cloud's client has errors of its own
         if not isinstance(error, _EXECUTORS_ERRORS) and type(error).__module__.split(".")[0] not in _CLIENTS:
             raise
-        raise UserError(
-            Problem("launch.executor", str(error) or repr(error), "a job that NeMo-Run can prepare")
-        ) from error
+        found = str(error).split("\n\nFiddle context")[0] or repr(error)
+        raise UserError(Problem("launch.executor", found, "a job that NeMo-Run can prepare")) from error
 
 
 _EXECUTORS_ERRORS = (AssertionError, ImportError, OSError, RuntimeError, ValueError, subprocess.CalledProcessError)
