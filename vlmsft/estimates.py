@@ -9,7 +9,7 @@ from omegaconf import DictConfig
 
 from vlmsft.facts import TENSOR_PARALLEL, TEXT, VISION, Facts, shapes
 from vlmsft.mllama import sizes
-from vlmsft.mllama.memory import MemoryEstimate, memory_estimate
+from vlmsft.mllama.memory import MemoryEstimate, Training, memory_estimate
 
 FREEZES = [f"model.config.freeze_{part}" for part in ("language_model", "vision_model", "vision_projection")]
 PEFT_FREEZES = ["peft.freeze_language_model", "peft.freeze_vision_model"]
@@ -59,26 +59,29 @@ def parameters(cfg: DictConfig) -> dict[str, tuple[int, int]]:
 
 def memory(cfg: DictConfig) -> MemoryEstimate:
     """One GPU's bytes, at the longest text and one full image a sample, for a config that `can_be_estimated`."""
-    text, vision = _shapes(cfg)
-    frozen = frozen_parts(cfg)
-    targets = [] if cfg.peft is None else list(cfg.peft.target_modules)
     facts = Facts(cfg, None)
-    data_parallel_size = facts.data_parallel_size
-    assert data_parallel_size is not None
+    assert facts.data_parallel_size is not None
     return memory_estimate(
-        text,
-        vision,
+        *_shapes(cfg),
+        training(cfg),
         micro_batch_size=cfg.data.micro_batch_size,
         text_tokens=cfg.data.decoder_seq_length,
         tensor_model_parallel_size=cfg.strategy.tensor_model_parallel_size,
-        data_parallel_size=data_parallel_size,
+        data_parallel_size=facts.data_parallel_size,
         bf16=str(cfg.precision) != "32",
-        freeze_language_model=frozen["text"],
-        freeze_vision_model=frozen["tower"],
-        freeze_vision_projection=frozen["projector"],
-        lora=sizes.NONE if cfg.peft is None else sizes.lora_count(text, vision, cfg.peft.dim, targets),
-        lora_modules=sizes.lora_modules(text, vision, targets),
-        lora_dropout=bool(targets) and cfg.peft.dropout > 0,
+    )
+
+
+def training(cfg: DictConfig) -> Training:
+    """What trains in a config that `can_be_estimated`."""
+    facts, frozen, peft = Facts(cfg, None), frozen_parts(cfg), cfg.peft
+    return Training(
+        text=not frozen["text"],
+        tower=not frozen["tower"],
+        projector=not frozen["projector"],
+        lora_modules=() if peft is None else sizes.lora_modules(*_shapes(cfg), list(peft.target_modules)),
+        lora_dim=0 if peft is None else peft.dim,
+        lora_dropout=peft is not None and peft.dropout > 0,
         recompute_text=facts[f"{TEXT}.recompute_granularity"] == "full",
         recompute_tower=facts[f"{VISION}.recompute_granularity"] == "full",
     )

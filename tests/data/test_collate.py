@@ -56,6 +56,7 @@ def test_lengths_are_multiples_of_64_within_the_rounded_limit(encoder):
     batch = collate([limited.encode(conversation("何？", "長い" * 200), [])], PAD)
     assert batch["tokens"].shape == (1, 192)
     assert batch["num_truncated_tokens"].tolist()[0] > 0
+    assert batch["num_text_tokens"].tolist() == [180]
 
 
 def test_a_sample_without_loss_has_an_empty_loss_mask(samples):

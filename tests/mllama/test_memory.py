@@ -15,17 +15,18 @@ TEXT_TINY = TextShape(4, 2, 32, 64, 4, 2, 128)
 VISION_TINY = VisionShape(3, 2, 48, 56, 14, 2, 32, ffn_hidden_size=96)
 IN_TEXT = [f"*.language_model.*.{name}" for name in ("linear_qkv", "linear_q", "linear_kv")]
 EVERYWHERE = ["linear_qkv", "linear_q", "linear_kv"]
-FROZEN = {"freeze_language_model": True, "freeze_vision_model": True, "freeze_vision_projection": True}
 SMALL = {"micro_batch_size": 1, "text_tokens": 256}
+FULL, FROZEN_TOWER = Training(), Training(tower=False)
+NOTHING = Training(text=False, tower=False, projector=False)
 
 
-def lora(targets):
-    shapes = TEXT_11B, VISION_11B
-    return {"lora": lora_count(*shapes, 8, targets), "lora_modules": lora_modules(*shapes, targets), **FROZEN}
+def lora(targets, **options):
+    modules = lora_modules(TEXT_11B, VISION_11B, targets)
+    return dataclasses.replace(NOTHING, lora_modules=modules, lora_dim=8, **options)
 
 
-def estimate(**options):
-    return memory_estimate(TEXT_11B, VISION_11B, **{**SMALL, **options})
+def estimate(training=FULL, **options):
+    return memory_estimate(TEXT_11B, VISION_11B, training, **{**SMALL, **options})
 
 
 # Measured on 2026-11-24 on one H100 80GB (torch 2.11.0, TransformerEngine 2.9.0, Megatron-Core 0.15.3), as
@@ -46,12 +47,11 @@ MEASURED_GIB = [
 
 def measured_case(micro_batch_size, text_tokens, recompute):
     return estimate(
+        lora(IN_TEXT, recompute_text=recompute),
         micro_batch_size=micro_batch_size,
         text_tokens=text_tokens,
         answer_tokens=text_tokens // 2,
         tiles_per_image=2,
-        recompute_text=recompute,
-        **lora(IN_TEXT),
     )
 
 
@@ -71,7 +71,7 @@ def test_bytes_per_parameter():
     number = sum(count.total for count in parameter_counts(TEXT_TINY, VISION_TINY).values())
 
     def per_parameter(**options):
-        of_tiny = memory_estimate(TEXT_TINY, VISION_TINY, **SMALL, **options)
+        of_tiny = memory_estimate(TEXT_TINY, VISION_TINY, FULL, **SMALL, **options)
         return (of_tiny.weights + of_tiny.gradients + of_tiny.optimizer) / number
 
     assert per_parameter() == 6 + 12
@@ -88,18 +88,16 @@ def test_tensor_parallel_ranks_hold_shards_and_copies():
 
 def test_frozen_parts_cost_their_weights_only():
     counts = {part: count.total for part, count in parameter_counts(TEXT_11B, VISION_11B).items()}
-    frozen, full, adapters = estimate(freeze_vision_model=True), estimate(), estimate(**lora(IN_TEXT))
+    frozen, full, adapters = estimate(FROZEN_TOWER), estimate(), estimate(lora(IN_TEXT))
     assert frozen.gradients == 4 * (counts["text"] + counts["projector"])
     assert adapters.gradients == 4 * lora_count(TEXT_11B, VISION_11B, 8, IN_TEXT).total
     assert adapters.activations < frozen.activations < full.activations
-    assert estimate(**lora(EVERYWHERE)).activations > 2 * adapters.activations, "the tower is kept for its adapters"
+    assert estimate(lora(EVERYWHERE)).activations > 2 * adapters.activations, "the tower is kept for its adapters"
 
 
 def test_where_the_backward_pass_goes():
     def training(targets, **trains):
-        modules = lora_modules(TEXT_11B, VISION_11B, targets)
-        parts = {"text": False, "tower": False, "projector": False, **trains}
-        return Training(**parts, lora_modules=modules)
+        return dataclasses.replace(lora(targets), **trains)
 
     assert not training(IN_TEXT).through_projector
     assert training(EVERYWHERE).through_tower and training(EVERYWHERE).through_projector
@@ -115,8 +113,8 @@ def test_where_the_backward_pass_goes():
         ({"tiles_per_image": 8}, True),
         ({"images_per_sample": 2}, True),
         ({"answer_tokens": 128}, False),
-        ({"recompute_text": True}, False),
-        ({"recompute_tower": True}, False),
+        ({"training": Training(recompute_text=True)}, False),
+        ({"training": Training(recompute_tower=True)}, False),
         ({"tensor_model_parallel_size": 2}, False),
         ({"tensor_model_parallel_size": 2, "sequence_parallel": True}, False),
     ],
@@ -130,10 +128,12 @@ def test_activations_follow_their_causes(change, grows):
 
 
 def test_recomputation_saves_most_where_it_matters():
-    long = {"text_tokens": 2048, "micro_batch_size": 4, **lora(IN_TEXT)}
-    assert estimate(**long, recompute_text=True).activations < 0.4 * estimate(**long).activations
-    tower = {"micro_batch_size": 4, **lora(EVERYWHERE)}
-    assert estimate(**tower, recompute_tower=True).activations < 0.5 * estimate(**tower).activations
+    kept, again = (
+        estimate(lora(IN_TEXT, recompute_text=on), text_tokens=2048, micro_batch_size=4) for on in (False, True)
+    )
+    assert again.activations < 0.4 * kept.activations
+    kept, again = (estimate(lora(EVERYWHERE, recompute_tower=on), micro_batch_size=4) for on in (False, True))
+    assert again.activations < 0.5 * kept.activations
 
 
 @pytest.mark.parametrize(
@@ -142,8 +142,8 @@ def test_recomputation_saves_most_where_it_matters():
 def test_lora_keeps_its_inputs(name, more):
     """Dropout makes a copy and a mask; without it only inputs that nothing else keeps cost something."""
     in_text = [f"*.language_model.*.{name}"]
-    nowhere = estimate(**FROZEN).activations
-    with_dropout, without = (estimate(**lora(in_text), lora_dropout=on).activations for on in (True, False))
+    nowhere = estimate(NOTHING).activations
+    with_dropout, without = (estimate(lora(in_text, lora_dropout=on)).activations for on in (True, False))
     assert with_dropout > without
     assert without > nowhere if more else without == nowhere
 
@@ -151,7 +151,7 @@ def test_lora_keeps_its_inputs(name, more):
 def test_the_90b_takes_eight_gpus():
     vision = dataclasses.replace(VISION_11B, text_hidden_size=8192)
     text = TextShape(80, 20, 8192, 28672, 64, 8, 128256)
-    tp = {n: memory_estimate(text, vision, **SMALL, tensor_model_parallel_size=n, **FROZEN).device for n in (1, 8)}
+    tp = {n: memory_estimate(text, vision, NOTHING, **SMALL, tensor_model_parallel_size=n).device for n in (1, 8)}
     assert tp[8] < 40 * GIB < 160 * GIB < tp[1]
 
 
@@ -164,5 +164,6 @@ def test_tutorial_full_finetuning_fits_80_gib():
 
 def test_building_may_be_the_peak():
     """Megatron's buffers hold trained parameters twice for a moment, the optimizer's state hardly anything a rank."""
-    many_ranks = estimate(data_parallel_size=4096, text_tokens=16, recompute_text=True, recompute_tower=True)
+    training = Training(recompute_text=True, recompute_tower=True)
+    many_ranks = estimate(training, data_parallel_size=4096, text_tokens=16)
     assert many_ranks.peak == many_ranks.build > many_ranks.training

@@ -229,7 +229,7 @@ class TestStep:
 
         batch = make_batch(CASES["several images"])
         moved = data_step(iter([wrap(batch)]))
-        assert moved.keys() == batch.keys() | {"answer_rows"}
+        assert moved.keys() == batch.keys() | {"answer_rows", "data_wait_seconds"}
         assert all(torch.equal(moved[name], batch[name]) for name in batch)
         assert torch.equal(moved["answer_rows"], torch.nonzero(batch["labels"].flatten() != -100).flatten())
 

@@ -29,8 +29,7 @@ def test_one_row_per_step_with_validation_in_it(toy_trainer, tmp_path):
     assert [float(row["lr"]) for row in rows[:3]] == pytest.approx([0.1, 0.05, 0.025])
     losses = [float(row["reduced_train_loss"]) for row in rows]
     assert losses == sorted(losses, reverse=True) and losses[0] > losses[-1]
-    assert all(float(row["samples_per_second"]) > 0 for row in rows)
-    assert all(row["peak_memory_gib"] == "" for row in rows), "no GPU here: not measured, so empty and not 0"
+    assert all(row["peak_memory_gib"] == "" for row in rows), "not measured, so empty and not 0"
 
 
 def test_log_every_n_steps_and_the_last_step(toy_trainer, tmp_path):

@@ -16,6 +16,7 @@ from runtime_toys import ToyData, ToyModel
 from vlmsft.runtime import logging as run_logging
 from vlmsft.runtime.metrics import MetricsFile
 from vlmsft.runtime.progress import StepRate, TrainProgress, count_truncated, format_seconds, total_steps
+from vlmsft.runtime.throughput import Throughput
 
 
 def test_plain_lines_without_a_terminal(toy_trainer, capsys):
@@ -130,9 +131,9 @@ def test_pause_spans_validation_and_the_save_after_it(toy_trainer, tmp_path):
             time.sleep(1.0)
             super().on_validation_end(*args)
 
-    progress, table = TrainProgress(line_seconds=1000), MetricsFile(tmp_path / "m.csv")
+    progress, callbacks = TrainProgress(line_seconds=1000), [Throughput(), MetricsFile(tmp_path / "m.csv")]
     options = {"max_steps": 8, "val_check_interval": 4, "enable_checkpointing": True}
-    toy_trainer(progress, table, Slow(tmp_path, monitor="val_loss"), **options).fit(ToyModel(), ToyData())
+    toy_trainer(progress, *callbacks, Slow(tmp_path, monitor="val_loss"), **options).fit(ToyModel(), ToyData())
     assert progress.rate.seconds_per_step() < 0.12, "7 steps, one of which was followed by a second of saving"
     assert progress.rate._paused > 1.0
     with open(tmp_path / "m.csv", newline="") as file:

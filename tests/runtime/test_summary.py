@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 from runtime_toys import ToyData, ToyModel
 
-from vlmsft.mllama.memory import memory_estimate
+from vlmsft.mllama.memory import Training, memory_estimate
 from vlmsft.mllama.sizes import GIB, TextShape, VisionShape, parameter_counts
 from vlmsft.runtime.summary import (
     RunFacts,
@@ -136,7 +136,7 @@ def test_memory_and_tokens_of_an_mllama_like_model():
     data = SimpleNamespace(decoder_seq_length=64, micro_batch_size=2, global_batch_size=8)
     trainer = SimpleNamespace(datamodule=data, world_size=1, strategy=SimpleNamespace())
 
-    expected = memory_estimate(text, vision, micro_batch_size=2, text_tokens=64, bf16=False, freeze_vision_model=True)
+    expected = memory_estimate(text, vision, Training(tower=False), micro_batch_size=2, text_tokens=64, bf16=False)
     assert memory_gib(trainer, model) * GIB == pytest.approx(expected.peak)
     assert _tokens_per_step(model, data) == {"text": 8 * 64, "vision": 8 * 4 * 17}
     del model.config

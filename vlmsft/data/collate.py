@@ -25,7 +25,8 @@ def collate(samples: Sequence[EncodedSample], pad_token_id: int) -> dict[str, An
     tokens, labels, position_ids (B, S) int64 and loss_mask (B, S) float32: S is the longest sample's length rounded up
     to a multiple of 64, so it never exceeds decoder_seq_length rounded up likewise. tiles (T, 3, tile, tile) uint8.
     For the host (they steer control flow, and reading them from a GPU would stall it): image_sample, num_tiles,
-    aspect_ratio_ids, visible_from, visible_until (I,) int64 and num_truncated_tokens (B,) int64.
+    aspect_ratio_ids, visible_from, visible_until (I,) int64, num_text_tokens (without padding) and num_truncated_tokens
+    (B,) int64.
     Where samples were skipped, `skipped` lists them (vlmsft.data.skips); elsewhere the key is absent.
     """
     size = padded_length(max(len(sample.tokens) for sample in samples))
@@ -43,6 +44,7 @@ def collate(samples: Sequence[EncodedSample], pad_token_id: int) -> dict[str, An
         "aspect_ratio_ids": torch.cat([sample.aspect_ratio_ids for sample in samples]),
         "visible_from": torch.cat([sample.visible_from for sample in samples]),
         "visible_until": torch.cat([sample.visible_until for sample in samples]),
+        "num_text_tokens": torch.tensor([len(sample.tokens) for sample in samples]),
         "num_truncated_tokens": torch.tensor([sample.num_truncated_tokens for sample in samples]),
         **({SKIPPED_KEY: skipped} if skipped else {}),
     }

@@ -9,9 +9,9 @@ fitted; benchmarks/memory_model.py compares them with a GPU.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
-from vlmsft.mllama.sizes import GIB, NONE, Count, TextShape, VisionShape, parameter_counts
+from vlmsft.mllama.sizes import GIB, Count, TextShape, VisionShape, lora_matrices, parameter_counts
 
 WORKSPACE_BYTES = 0.1 * GIB
 """cuBLAS' and TransformerEngine's workspaces, 32 MiB each on Hopper, which torch's allocator holds."""
@@ -72,18 +72,19 @@ class Batch:
 
 @dataclass(frozen=True)
 class Training:
-    """What decides which tensors are kept.
+    """What trains, and what is computed twice.
 
     text, tower, projector: their own weights train
-    lora_modules: names (as in sizes.lora_matrices) of the matrices with LoRA factors
+    lora_modules: the matrices with LoRA factors, by their names in sizes.lora_matrices; lora_dim: the factors' rank
     lora_dropout: it is more than 0
     recompute_text, recompute_tower: recompute_granularity=full
     """
 
-    text: bool
-    tower: bool
-    projector: bool
+    text: bool = True
+    tower: bool = True
+    projector: bool = True
     lora_modules: Sequence[str] = ()
+    lora_dim: int = 0
     lora_dropout: bool = True
     recompute_text: bool = False
     recompute_tower: bool = False
@@ -102,6 +103,7 @@ class Training:
 def memory_estimate(
     text: TextShape,
     vision: VisionShape,
+    training: Training,
     *,
     micro_batch_size: int,
     text_tokens: int,
@@ -113,34 +115,17 @@ def memory_estimate(
     data_parallel_size: int = 1,
     distributed_optimizer: bool = True,
     bf16: bool = True,
-    freeze_language_model: bool = False,
-    freeze_vision_model: bool = False,
-    freeze_vision_projection: bool = False,
-    lora: Count = NONE,
-    lora_modules: Sequence[str] = (),
-    lora_dropout: bool = True,
-    recompute_text: bool = False,
-    recompute_tower: bool = False,
 ) -> MemoryEstimate:
     """Estimate of one GPU's memory for full fine-tuning or LoRA with TransformerEngine's layers, PP = CP = 1.
 
     text_tokens: padded text length of a micro batch's samples; answer_tokens: with a label (None = all)
     tiles_per_image: real tiles (None = max_num_tiles); the tower always computes with max_num_tiles of them
-    lora: its factors (`lora_count`), which train beside the parts that aren't frozen; lora_modules: where they sit
-    The rest as in `Training`. Formulas: `training_bytes` and `activation_bytes`.
+    Formulas: `training_bytes` and `activation_bytes`.
     """
     tp = tensor_model_parallel_size
-    counts = parameter_counts(text, vision)
-    training = Training(
-        text=not freeze_language_model,
-        tower=not freeze_vision_model,
-        projector=not freeze_vision_projection,
-        lora_modules=lora_modules,
-        lora_dropout=lora_dropout,
-        recompute_text=recompute_text,
-        recompute_tower=recompute_tower,
-    )
+    counts, matrices = parameter_counts(text, vision), lora_matrices(text, vision)
     trains = {"text": training.text, "tower": training.tower, "projector": training.projector}
+    lora = Count(training.lora_dim * sum(matrices[name] for name in training.lora_modules))
     held = sum(count.per_rank(tp) for count in counts.values()) + lora.per_rank(tp)
     trained = sum(count.per_rank(tp) for part, count in counts.items() if trains[part]) + lora.per_rank(tp)
     shards = data_parallel_size if distributed_optimizer else 1
@@ -303,7 +288,7 @@ class _LoraInputs:
         q = shape.query_size if in_text else h
         # the dropped-out input and the mask. Without dropout: the input itself, if nothing else keeps it
         dropped = (1 + MASK) * training.lora_dropout
-        sums = dict.fromkeys(("text_whole", "text_split", "image", "tower_whole", "tower_split"), 0.0)
+        sums: dict[str, float] = {one.name: 0.0 for one in fields(cls)}
         for module in training.lora_modules:
             name = module.rpartition(".")[2]
             if ".decoder." not in module and ".vision_encoder." not in module:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,6 +14,7 @@ from vlmsft.data.encode import IGNORE
 # Tensors that steer control flow; on the device each read would wait for the GPU
 HOST_TENSORS = ("image_sample", "num_tiles", "aspect_ratio_ids", "visible_from", "visible_until")
 DEVICE_TENSORS = ("tokens", "labels", "loss_mask", "position_ids", "tiles", "answer_rows")
+WAIT_KEY = "data_wait_seconds"
 _MODEL_INPUTS = ("tokens", "position_ids", "labels", "tiles", "answer_rows", *HOST_TENSORS)
 
 
@@ -20,9 +22,12 @@ def data_step(dataloader_iter: Iterator[Any]) -> dict[str, Any]:
     """The next batch with its DEVICE_TENSORS on this process' GPU (or left where they are without one).
 
     Takes NeMo's (batch, batch index, loader index) as well as the bare batch. Copies don't wait if the loader pins.
+    WAIT_KEY tells how long the loader let this process wait.
     """
+    started = time.monotonic()
     item = next(dataloader_iter)
-    batch = item[0] if isinstance(item, tuple) else item
+    waited = time.monotonic() - started
+    batch = {**(item[0] if isinstance(item, tuple) else item), WAIT_KEY: waited}
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     batch = {**batch, "answer_rows": answer_rows(batch["labels"])} if "labels" in batch else batch
     return {

@@ -19,11 +19,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from vlmsft.runtime.metrics_rows import ENDED_FILE
-from vlmsft.runtime.progress import Pause, global_batch_size, learning_rate
+from vlmsft.runtime.progress import global_batch_size, learning_rate
 from vlmsft.runtime.wandb import RowLogger
 
 logger = logging.getLogger(__name__)
@@ -36,13 +35,17 @@ COLUMNS = (
     "val_loss",
     "lr",
     "grad_norm",
+    "step_seconds",
     "samples_per_second",
+    "tokens_per_second",
+    "tflops_per_second_per_gpu",
+    "mfu",
+    "data_wait_fraction",
     "peak_memory_gib",
     "elapsed_seconds",
 )
 # what Lightning and NeMo log beside it and a column already holds
 _NOT_COLUMNS = {"global_step", "global_batch_size"}
-_GIB = 1024**3
 
 
 class MetricsFile(Callback):
@@ -52,16 +55,13 @@ class MetricsFile(Callback):
 
     Any other metric that is logged gets a column of its own when it first appears. A logger that takes rows
     (log=wandb) gets each as it is written.
-    samples_per_second is the mean since the row before, without validation and checkpoints; peak_memory_gib the highest
-    allocation on this GPU since the start.
+    Speed and memory are those of vlmsft.runtime.throughput.Throughput, which comes before this callback.
     """
 
     def __init__(self, path: str | os.PathLike[str]):
         self.table = MetricsTable(path)
-        self._last_time: float | None = None
         self._last_step = 0
         self._started = 0.0
-        self._pause = Pause()
         self._lr: float | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -78,12 +78,10 @@ class MetricsFile(Callback):
                     self.table.dropped_path.name,
                 )
         self._started = time.monotonic()
-        self._last_time, self._last_step = self._started, trainer.global_step
+        self._last_step = trainer.global_step
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._lr = learning_rate(trainer)  # at the step's end the scheduler has already set the next one's
-        if self._last_time is not None:
-            self._last_time += self._pause.end(time.monotonic())
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -95,17 +93,11 @@ class MetricsFile(Callback):
         if step % interval == 0 or step == trainer.max_steps:
             self._write(trainer, self._row(trainer))
 
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._pause.begin(time.monotonic())
-
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.sanity_checking or not trainer.is_global_zero:
             return
         values = {name: value for name, value in _logged(trainer).items() if name.startswith("val")}
         self._write(trainer, {"step": trainer.global_step, "epoch": trainer.current_epoch, **values})
-
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        self._pause.begin(time.monotonic())
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.is_global_zero:
@@ -124,18 +116,14 @@ class MetricsFile(Callback):
             logger_of_rows.log_row({name: float(text) for name, text in written.items()})
 
     def _row(self, trainer: Trainer) -> dict[str, Any]:
-        now, step, batch = time.monotonic(), trainer.global_step, global_batch_size(trainer)
+        step, batch = trainer.global_step, global_batch_size(trainer)
         row: dict[str, Any] = {name: value for name, value in _logged(trainer).items() if not name.startswith("val")}
         row.update(step=step, epoch=trainer.current_epoch, lr=self._lr)
-        row["elapsed_seconds"] = now - self._started
+        row["elapsed_seconds"] = time.monotonic() - self._started
         if batch:
             # NeMo logs none at the first step
             row["consumed_samples"] = int(row.get("consumed_samples", step * batch))
-            if self._last_time is not None and now > self._last_time:
-                row["samples_per_second"] = (step - self._last_step) * batch / (now - self._last_time)
-        if torch.cuda.is_available() and torch.cuda.is_initialized():
-            row["peak_memory_gib"] = torch.cuda.max_memory_allocated() / _GIB
-        self._last_time, self._last_step = now, step
+        self._last_step = step
         return row
 
 

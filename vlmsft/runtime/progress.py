@@ -319,14 +319,14 @@ def sum_over_data_parallel_ranks(count: int) -> int:
     """A collective over the data-parallel ranks, whose samples differ; tensor-parallel ranks see the same ones."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return count
-    group = _data_parallel_group()
+    group = data_parallel_group()
     device = "cuda" if torch.distributed.get_backend(group) == "nccl" else "cpu"
     total = torch.tensor(count, device=device)
     torch.distributed.all_reduce(total, group=group)
     return int(total)
 
 
-def _data_parallel_group() -> Any:
+def data_parallel_group() -> Any:
     """Megatron's group where Megatron runs, else all ranks."""
     parallel_state = sys.modules.get("megatron.core.parallel_state")
     if parallel_state is None or not parallel_state.model_parallel_is_initialized():

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from vlmsft.mllama import sizes
-from vlmsft.mllama.memory import memory_estimate
+from vlmsft.mllama.memory import Training, memory_estimate
 from vlmsft.runtime import logging as run_logging
 from vlmsft.runtime.progress import global_batch_size, total_steps
 
@@ -195,7 +195,7 @@ class StartSummary(Callback):
         )
 
 
-def _shapes(pl_module: LightningModule) -> tuple[sizes.TextShape, sizes.VisionShape] | None:
+def mllama_shapes(pl_module: LightningModule) -> tuple[sizes.TextShape, sizes.VisionShape] | None:
     config: Any = getattr(pl_module, "config", None)
     if not hasattr(getattr(config, "vision_model_config", None), "intermediate_layers_indices"):
         return None
@@ -203,7 +203,7 @@ def _shapes(pl_module: LightningModule) -> tuple[sizes.TextShape, sizes.VisionSh
 
 
 def _tokens_per_step(pl_module: LightningModule, data: Any) -> dict[str, int]:
-    shapes = _shapes(pl_module)
+    shapes = mllama_shapes(pl_module)
     if shapes is None or not hasattr(data, "decoder_seq_length"):
         return {}
     vision = shapes[1]
@@ -217,16 +217,14 @@ def _tokens_per_step(pl_module: LightningModule, data: Any) -> dict[str, int]:
 def memory_gib(trainer: Trainer, pl_module: LightningModule) -> float | None:
     """The plan's estimate of one GPU's peak, for the parts that train and the LoRA factors that the model has."""
     data: Any = getattr(trainer, "datamodule", None)
-    shapes = _shapes(pl_module)
+    shapes = mllama_shapes(pl_module)
     if shapes is None or not hasattr(data, "decoder_seq_length"):
         return None
     strategy: Any = trainer.strategy
-    config: Any = pl_module.config
     tp = getattr(strategy, "tensor_model_parallel_size", 1)
-    counts = count_parameters(pl_module, tp)
-    names = [name for name, _ in pl_module.named_parameters()]
     estimate = memory_estimate(
         *shapes,
+        training_of(pl_module, tp),
         micro_batch_size=data.micro_batch_size,
         text_tokens=data.decoder_seq_length,
         tensor_model_parallel_size=tp,
@@ -234,16 +232,30 @@ def memory_gib(trainer: Trainer, pl_module: LightningModule) -> float | None:
         data_parallel_size=max(trainer.world_size // tp, 1),
         distributed_optimizer=getattr(getattr(strategy, "ddp_config", None), "use_distributed_optimizer", False),
         bf16=next(pl_module.parameters()).element_size() == 2,
-        freeze_language_model=not counts["text"][1],
-        freeze_vision_model=not counts["tower"][1],
-        freeze_vision_projection=not counts["projector"][1],
-        lora=sizes.Count(counts["LoRA"][0]) if "LoRA" in counts else sizes.NONE,
-        lora_modules=list(dict.fromkeys(name.split(".adapter.")[0] for name in names if ".adapter." in name)),
+    )
+    return estimate.peak / sizes.GIB
+
+
+def training_of(pl_module: LightningModule, tensor_model_parallel_size: int = 1) -> Training:
+    """What trains in a built MLlama, LoRA applied."""
+    config: Any = pl_module.config
+    shapes = mllama_shapes(pl_module)
+    assert shapes is not None
+    counts = count_parameters(pl_module, tensor_model_parallel_size)
+    adapted = [name.split(".adapter.")[0] for name, _ in pl_module.named_parameters() if ".adapter." in name]
+    # wrappers put more modules above the decoder and the tower
+    modules = list(dict.fromkeys(f"module.{name.rpartition('module.')[2]}" for name in adapted))
+    width = sum(sizes.lora_matrices(*shapes)[name] for name in modules)
+    return Training(
+        text=counts["text"][1] > 0,
+        tower=counts["tower"][1] > 0,
+        projector=counts["projector"][1] > 0,
+        lora_modules=modules,
+        lora_dim=counts["LoRA"][0] // width if modules else 0,
         lora_dropout=bool(getattr(getattr(pl_module, "model_transform", None), "dropout", True)),
         recompute_text=_recomputes(config.language_model_config),
         recompute_tower=_recomputes(config.vision_model_config),
     )
-    return estimate.peak / sizes.GIB
 
 
 def _recomputes(config: Any) -> bool:
