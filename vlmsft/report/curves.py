@@ -11,7 +11,7 @@ import pandas as pd
 
 from vlmsft.report.downsample import MOST_POINTS, keep_extremes, part_means
 
-DIGITS = 5
+DIGITS = 4
 """Significant ones, of values: finer than a pixel."""
 
 
@@ -36,15 +36,16 @@ CURVES = (
     Curve("data_wait_fraction", "share of a step that waits for data"),
     Curve("peak_memory_gib", "peak memory, GiB"),
 )
+NAMED_SETS = "val_loss_"
+"""Columns of validation sets with a name begin so."""
 AXES = {"step": "optimizer steps", "samples": "samples", "tokens": "tokens", "hours": "hours of training"}
 
 
-def curves_of(frames: Iterable[pd.DataFrame]) -> list[Curve]:
-    """Those that at least one run has a value of; each named validation set's loss after `val_loss`."""
-    there = {name for frame in frames for name in frame.columns if _has(frame, name)}
-    known = {curve.column for curve in CURVES}
-    named = [name for name in sorted(there - known) if name.startswith("val_loss")]
-    sets = [Curve(name, f"validation loss{name.removeprefix('val_loss')}", is_loss=True) for name in named]
+def curves_of(columns: Iterable[str]) -> list[Curve]:
+    """Those that get a plot; each named validation set's loss after `val_loss`."""
+    there = set(columns)
+    named = [name for name in sorted(there) if name.startswith(NAMED_SETS)]
+    sets = [Curve(name, f"validation loss, {name.removeprefix(NAMED_SETS)}", is_loss=True) for name in named]
     at = next(place for place, curve in enumerate(CURVES) if curve.column == "val_loss") + 1
     return [curve for curve in (*CURVES[:at], *sets, *CURVES[at:]) if curve.column in there]
 
@@ -129,32 +130,36 @@ def _filled(values: np.ndarray) -> np.ndarray:
     return np.asarray(pd.Series(values).ffill().bfill())
 
 
-def rounded(values: np.ndarray) -> list[float | int | None]:
-    """DIGITS significant digits; None for NaN and infinities, which JSON has no name for."""
-    return [_rounded(value) for value in np.asarray(values, dtype=float).tolist()]
+def rounded(values: np.ndarray, digits: int = DIGITS) -> list[float | None]:
+    """Significant digits; None for NaN and infinities, which JSON has no name for."""
+    values = np.asarray(values, dtype=float)
+    finite = np.isfinite(values)
+    safe = np.where(finite & (values != 0), values, 1.0)
+    places = digits - 1 - np.floor(np.log10(np.abs(safe)))
+    # a whole number over a power of ten is the double that is written shortest
+    up, down = 10.0 ** np.maximum(places, 0), 10.0 ** np.maximum(-places, 0)
+    short = np.where(finite, np.round(np.where(finite, values, 0.0) * up / down) / up * down, np.nan)
+    return [value if value == value else None for value in short.tolist()]
 
 
-def _rounded(value: float) -> float | int | None:
-    if not np.isfinite(value):
-        return None
-    short = float(f"{value:.{DIGITS}g}")
-    return int(short) if short.is_integer() and abs(short) < 1e15 else short
-
-
-def compact(frame: pd.DataFrame, curves: Sequence[Curve]) -> dict[str, Any]:
+def compact(frame: pd.DataFrame) -> dict[str, Any]:
     """One run's part of the page's data: {"axes": {name: values}, "curves": {column: [steps, values]}}.
 
-    A curve with points left out has a third element, (steps, means) of equal parts: a mean of what is left, the highest
-    and lowest points, would not be the curve's.
+    Steps are the first one, then differences. A curve with points left out has a second pair, steps and means of equal
+    parts: a mean of what is left, the highest and lowest points, would not be the curve's.
     """
     found: dict[str, Any] = {}
-    for curve in curves:
+    for curve in curves_of(map(str, frame.columns)):
         steps, values = logged(frame, curve.column)
         if not len(steps):
             continue
         kept = keep_extremes(values)
-        found[curve.column] = [steps[kept].astype(int).tolist(), rounded(values[kept])]
+        found[curve.column] = [_differences(steps[kept]), rounded(values[kept])]
         if len(kept) < len(values):
             means = [part_means(of, MOST_POINTS // 2) for of in (steps, values)]
-            found[curve.column].append([means[0].astype(int).tolist(), rounded(means[1])])
-    return {"axes": {name: [float(f"{v:.7g}") for v in x.tolist()] for name, x in axes(frame).items()}, "curves": found}
+            found[curve.column] += [_differences(means[0]), rounded(means[1])]
+    return {"axes": {name: rounded(places, digits=7) for name, places in axes(frame).items()}, "curves": found}
+
+
+def _differences(steps: np.ndarray) -> list[int]:
+    return np.diff(np.round(steps).astype(int), prepend=0).tolist()

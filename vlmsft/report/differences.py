@@ -29,7 +29,10 @@ def _differs(key: str, runs: Sequence[RunRecord]) -> bool:
 
 def comparable(config: Mapping[str, Any], key: str) -> str:
     """A value as text; "" for a key that is not there."""
-    return json.dumps(config[key], sort_keys=True, default=str) if key in config else ""
+    if key not in config:
+        return ""
+    value = config[key]
+    return json.dumps(value, sort_keys=True, default=str) if isinstance(value, (list, dict)) else repr(value)
 
 
 def short_names(keys: Sequence[str]) -> dict[str, str]:

@@ -1,5 +1,8 @@
 """The plots of a report as Plotly figures; vlmsft.report.html puts them on a page, vlmsft.report.plots into PNG files.
 
+They are mappings with "data" and "layout", as Plotly's JSON has them: go.Figure checks each value, which takes 10 ms for
+a figure, and a page may hold hundreds.
+
 They have no colours of their own but those of the runs, which are readable on white and on black: what a figure lies on
 comes from TEMPLATES.
 """
@@ -10,12 +13,13 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import plotly.graph_objects as go
 from plotly.colors import sample_colorscale
 
 from vlmsft.report.curves import AXES, Curve
 from vlmsft.report.differences import short_names, show
 from vlmsft.report.record import METRICS, RunRecord, metric
+
+Figure = dict[str, Any]
 
 RUN_COLORS = (
     "#3b82d6",
@@ -31,16 +35,29 @@ RUN_COLORS = (
 )
 RANK_SCALE = ("#3b82d6", "#8f7fc9", "#e0602c")
 """Best to worst, where there are more runs than RUN_COLORS."""
-HEAT_SCALE = ((0.0, "#1f5fae"), (0.5, "#8f9bb3"), (1.0, "#c2591f"))
+HEAT_SCALE = ("#1f5fae", "#646b7d", "#b8501a")
+"""Dark enough for white numbers."""
+DASHES = ("solid", "dash", "dot")
+"""In turn, where each run has a colour of its own: a run that does the same as another shows through it."""
 MOST_LEGEND_RUNS = 12
+SPARSE = 25
+"""Points up to which each has a mark."""
 MOST_CELLS = 20
 """Different values of a key on an axis of a heat map."""
+MOST_NUMBERS = 10
+"""Columns of a heat map up to which there is room for a number in each cell."""
 QUALITIES = ("best_val_loss", "final_val_loss", "best_train_loss", "final_train_loss")
 THROUGHPUTS = ("samples_per_second", "tokens_per_second", "tflops_per_second_per_gpu", "mfu")
 
 
 def _template(ink: str, faint: str, line: str, paper: str) -> dict[str, Any]:
-    axis = {"gridcolor": line, "linecolor": line, "zerolinecolor": line, "automargin": True, "title": {"standoff": 8}}
+    axis = {
+        "gridcolor": line,
+        "linecolor": line,
+        "zerolinecolor": line,
+        "automargin": True,
+        "title": {"standoff": 8, "font": {"size": 13}},
+    }
     layout = {
         "font": {"family": "system-ui, sans-serif", "size": 13, "color": ink},
         "paper_bgcolor": "rgba(0,0,0,0)",
@@ -75,6 +92,10 @@ def run_colors(runs: Sequence[RunRecord]) -> list[str]:
     return [str(color) for color in sample_colorscale(list(RANK_SCALE), places)]
 
 
+def run_dashes(num_runs: int) -> list[str]:
+    return [DASHES[index % len(DASHES)] if num_runs <= len(RUN_COLORS) else DASHES[0] for index in range(num_runs)]
+
+
 def ranked_by(runs: Sequence[RunRecord]) -> str:
     return next((name for name in QUALITIES if _any_known(runs, name)), QUALITIES[0])
 
@@ -107,32 +128,30 @@ def throughputs_of(runs: Sequence[RunRecord]) -> list[str]:
 # --- curves -----------------------------------------------------------------------------------------------------------
 
 
-def curve_figure(curve: Curve, num_runs: int, lines: Sequence[Mapping[str, Any]] = (), axis: str = "step") -> go.Figure:
-    """lines: {"x", "y", "name", "color"} of each run; a page adds its own"""
-    figure = go.Figure()
-    for line in lines:
-        figure.add_trace(curve_trace(line, is_sparse=len(line["x"]) <= 25))
-    figure.update_layout(
-        title={"text": curve.title, "font": {"size": 15}, "x": 0.02},
-        xaxis={"title": {"text": AXES[axis]}},
-        yaxis={"type": "log" if curve.is_loss and _spans_decades(lines) else "linear"},
-        showlegend=1 < num_runs <= MOST_LEGEND_RUNS,
-        legend={"orientation": "h", "y": -0.25, "font": {"size": 11}},
-        margin={"l": 50, "r": 12, "t": 40, "b": 40},
-        hovermode="closest",
-    )
-    return figure
+def curve_figure(curve: Curve, num_runs: int, lines: Sequence[Mapping[str, Any]] = (), axis: str = "step") -> Figure:
+    """lines: {"x", "y", "name", "color", "dash"} of each run; a page adds its own"""
+    layout = {
+        "title": {"text": curve.title, "font": {"size": 15}, "x": 0.02},
+        "xaxis": {"title": {"text": AXES[axis]}},
+        "yaxis": {"type": "log" if curve.is_loss and _spans_decades(lines) else "linear"},
+        "showlegend": 1 < num_runs <= MOST_LEGEND_RUNS,
+        "legend": {"orientation": "h", "y": -0.2, "yanchor": "top", "font": {"size": 11}},
+        "margin": {"l": 50, "r": 12, "t": 40, "b": 40},
+        "hovermode": "closest",
+    }
+    return {"data": [_curve_trace(line) for line in lines], "layout": layout}
 
 
-def curve_trace(line: Mapping[str, Any], is_sparse: bool) -> go.Scatter:
-    return go.Scatter(
-        x=line["x"],
-        y=line["y"],
-        name=line["name"],
-        mode="lines+markers" if is_sparse else "lines",
-        line={"color": line["color"], "width": 1.6},
-        marker={"size": 5},
-    )
+def _curve_trace(line: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "type": "scatter",
+        "x": line["x"],
+        "y": line["y"],
+        "name": plain(line["name"]),
+        "mode": "lines+markers" if len(line["x"]) <= SPARSE else "lines",
+        "line": {"color": line["color"], "dash": line["dash"], "width": 1.6},
+        "marker": {"size": 5},
+    }
 
 
 def _spans_decades(lines: Sequence[Mapping[str, Any]]) -> bool:
@@ -143,7 +162,7 @@ def _spans_decades(lines: Sequence[Mapping[str, Any]]) -> bool:
 # --- swept keys -------------------------------------------------------------------------------------------------------
 
 
-def parallel_figure(runs: Sequence[RunRecord], keys: Sequence[str], name: str) -> go.Figure | None:
+def parallel_figure(runs: Sequence[RunRecord], keys: Sequence[str], name: str) -> Figure | None:
     """Parallel coordinates: an axis for each key, the metric's at the end. None where no run has the metric."""
     chosen = [run for run in runs if known(run.metrics.get(name)) is not None]
     if not chosen or not keys:
@@ -152,10 +171,15 @@ def parallel_figure(runs: Sequence[RunRecord], keys: Sequence[str], name: str) -
     names = short_names(keys)
     dimensions = [_dimension(names[key], [run.config.get(key) for run in chosen]) for key in keys]
     dimensions.append({"label": plain(metric(name).title), "values": values})
-    line = {"color": values, "colorscale": _best_first(name), "showscale": True, "colorbar": {"thickness": 10}}
-    figure = go.Figure(go.Parcoords(dimensions=dimensions, line=line, labelangle=-12 if len(keys) > 4 else 0))
-    figure.update_layout(margin={"l": 60, "r": 40, "t": 70, "b": 24})
-    return figure
+    line = {
+        "color": values,
+        "colorscale": _best_first(name, RANK_SCALE),
+        "showscale": True,
+        "colorbar": {"thickness": 10},
+    }
+    angle = -12 if len(keys) > 4 else 0
+    trace = {"type": "parcoords", "dimensions": dimensions, "line": line, "labelangle": angle}
+    return {"data": [trace], "layout": {"margin": {"l": 60, "r": 40, "t": 70, "b": 24}}}
 
 
 def _dimension(label: str, values: Sequence[Any]) -> dict[str, Any]:
@@ -198,42 +222,39 @@ def heat_keys(runs: Sequence[RunRecord], keys: Sequence[str]) -> list[str]:
     return [key for key in keys if len(levels_of([run.config.get(key) for run in runs])) <= MOST_CELLS]
 
 
-def heat_figure(runs: Sequence[RunRecord], x: str, y: str, name: str) -> go.Figure | None:
+def heat_figure(runs: Sequence[RunRecord], x: str, y: str, name: str) -> Figure | None:
     """The metric over two keys. Runs that agree in both share a cell: it holds their mean, and their number."""
     cells: dict[tuple[str, str], list[float]] = {}
     for run in runs:
-        value = known(run.metrics.get(name))
-        cells.setdefault((show(run.config.get(x)), show(run.config.get(y))), []).extend(
-            [] if value is None else [value]
-        )
+        cell = cells.setdefault((show(run.config.get(x)), show(run.config.get(y))), [])
+        if (value := known(run.metrics.get(name))) is not None:
+            cell.append(value)
     if not any(cells.values()):
         return None
     columns = [show(value) for value in levels_of([run.config.get(x) for run in runs])]
     rows = [show(value) for value in levels_of([run.config.get(y) for run in runs])]
-    heats = [[_mean(cells.get((column, row))) for column in columns] for row in rows]
-    texts = [[_cell_text(cells.get((column, row))) for column in columns] for row in rows]
-    figure = go.Figure(
-        go.Heatmap(
-            x=[plain(column) for column in columns],
-            y=[plain(row) for row in rows],
-            z=heats,
-            text=texts,
-            texttemplate="%{text}" if len(columns) <= 10 else None,
-            textfont={"color": "#ffffff"},
-            hovertemplate=f"{plain(x)} = %{{x}}<br>{plain(y)} = %{{y}}<br>%{{text}}<extra></extra>",
-            colorscale=_best_first(name),
-            colorbar={"title": {"text": plain(metric(name).title), "side": "right"}, "thickness": 10},
-            hoverongaps=False,
-            xgap=2,
-            ygap=2,
-        )
-    )
-    figure.update_layout(
-        xaxis={"title": {"text": plain(x)}, "type": "category", "showgrid": False},
-        yaxis={"title": {"text": plain(y)}, "type": "category", "showgrid": False},
-        margin={"l": 60, "r": 12, "t": 24, "b": 50},
-    )
-    return figure
+    trace = {
+        "type": "heatmap",
+        "x": [plain(column) for column in columns],
+        "y": [plain(row) for row in rows],
+        "z": [[_mean(cells.get((column, row))) for column in columns] for row in rows],
+        "text": [[_cell_text(cells.get((column, row))) for column in columns] for row in rows],
+        "textfont": {"color": "#ffffff"},
+        "hovertemplate": f"{_in_template(x)} = %{{x}}<br>{_in_template(y)} = %{{y}}<br>%{{text}}<extra></extra>",
+        "colorscale": _best_first(name, HEAT_SCALE),
+        "colorbar": {"title": {"text": plain(metric(name).title), "side": "right"}, "thickness": 10},
+        "hoverongaps": False,
+        "xgap": 2,
+        "ygap": 2,
+    }
+    if len(columns) <= MOST_NUMBERS:
+        trace["texttemplate"] = "%{text}"
+    layout = {
+        "xaxis": {"title": {"text": plain(x)}, "type": "category", "showgrid": False},
+        "yaxis": {"title": {"text": plain(y)}, "type": "category", "showgrid": False},
+        "margin": {"l": 60, "r": 12, "t": 24, "b": 50},
+    }
+    return {"data": [trace], "layout": layout}
 
 
 def _mean(values: Sequence[float] | None) -> float | None:
@@ -250,11 +271,10 @@ def _cell_text(values: Sequence[float] | None) -> str:
     return f"{mean:.4g}" if len(values) == 1 else f"{mean:.4g}<br>mean of {len(values)}"
 
 
-def _best_first(name: str) -> list[list[Any]]:
-    """HEAT_SCALE with blue at the better end."""
-    if metric(name).better == "higher":
-        return [[1 - place, color] for place, color in reversed(HEAT_SCALE)]
-    return [list(stop) for stop in HEAT_SCALE]
+def _best_first(name: str, scale: Sequence[str]) -> list[list[Any]]:
+    """The scale as Plotly wants it, its first colour at the better end."""
+    colors = reversed(scale) if metric(name).better == "higher" else scale
+    return [[place / (len(scale) - 1), color] for place, color in enumerate(colors)]
 
 
 # --- quality against throughput ---------------------------------------------------------------------------------------
@@ -278,7 +298,7 @@ def pareto_front(points: Sequence[tuple[float, float]], better: tuple[str, str])
 
 def pareto_figure(
     runs: Sequence[RunRecord], names: Sequence[str], colors: Sequence[str], quality: str, throughput: str
-) -> go.Figure | None:
+) -> Figure | None:
     """names, colors: of each run. None where no run has both numbers."""
     pairs = [(known(run.metrics.get(throughput)), known(run.metrics.get(quality))) for run in runs]
     chosen = [index for index, pair in enumerate(pairs) if None not in pair]
@@ -286,37 +306,40 @@ def pareto_figure(
         return None
     points = [(float(x), float(y)) for x, y in (pairs[index] for index in chosen) if x is not None and y is not None]
     front = pareto_front(points, ("higher", metric(quality).better or "lower"))
-    figure = go.Figure()
-    figure.add_trace(
-        go.Scatter(
-            x=[points[place][0] for place in front],
-            y=[points[place][1] for place in front],
-            mode="lines+markers",
-            name="Pareto front",
-            line={"color": "#8a8a90", "width": 1.5, "dash": "dot"},
-            marker={"size": 17, "color": "rgba(0,0,0,0)", "line": {"color": "#8a8a90", "width": 1.5}},
-            hoverinfo="skip",
-        )
-    )
-    figure.add_trace(
-        go.Scatter(
-            x=[x for x, _ in points],
-            y=[y for _, y in points],
-            mode="markers",
-            name="runs",
-            text=[plain(names[index]) for index in chosen],
-            marker={"size": 10, "color": [colors[index] for index in chosen]},
-            hovertemplate="%{text}<br>%{x:.4g}, %{y:.4g}<extra></extra>",
-        )
-    )
-    figure.update_layout(
-        xaxis={"title": {"text": plain(metric(throughput).title)}},
-        yaxis={"title": {"text": plain(metric(quality).title)}},
-        legend={"orientation": "h", "y": 1.1},
-        margin={"l": 60, "r": 12, "t": 24, "b": 50},
-        hovermode="closest",
-    )
-    return figure
+    ring = {"size": 17, "color": "rgba(0,0,0,0)", "line": {"color": "#8a8a90", "width": 1.5}}
+    best = {
+        "type": "scatter",
+        "name": "Pareto front",
+        "x": [points[place][0] for place in front],
+        "y": [points[place][1] for place in front],
+        "mode": "lines+markers",
+        "line": {"color": "#8a8a90", "width": 1.5, "dash": "dot"},
+        "marker": ring,
+        "hoverinfo": "skip",
+    }
+    every = {
+        "type": "scatter",
+        "name": "runs",
+        "x": [x for x, _ in points],
+        "y": [y for _, y in points],
+        "mode": "markers",
+        "text": [plain(names[index]) for index in chosen],
+        "marker": {"size": 10, "color": [colors[index] for index in chosen]},
+        "hovertemplate": "%{text}<br>%{x:.4g}, %{y:.4g}<extra></extra>",
+    }
+    layout = {
+        "xaxis": {"title": {"text": plain(metric(throughput).title)}},
+        "yaxis": {"title": {"text": plain(metric(quality).title)}},
+        "legend": {"orientation": "h", "y": 1.1},
+        "margin": {"l": 60, "r": 12, "t": 24, "b": 50},
+        "hovermode": "closest",
+    }
+    return {"data": [best, every], "layout": layout}
+
+
+def _in_template(text: str) -> str:
+    """A hovertemplate would take %{...} in it for a variable."""
+    return plain(text).replace("{", "(").replace("}", ")")
 
 
 def plain(text: str) -> str:

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
 from vlmsft.errors import Problem, UserError
@@ -61,8 +60,8 @@ def write_report(runs: Sequence[RunRecord], path: str | os.PathLike[str], title:
 
 def render(runs: Sequence[RunRecord], title: str) -> str:
     """The page. All that comes from runs is escaped by jinja or travels as JSON, which the page puts in as text."""
-    frames = [run.curves() for run in runs]
-    curves = curves_of(frames)
+    series = [compact(run.curves()) for run in runs]
+    curves = curves_of(column for one in series for column in one["curves"])
     keys = swept_keys(runs)
     colors = figures.run_colors(runs)
     chosen = keys[:MOST_KEYS]
@@ -70,10 +69,9 @@ def render(runs: Sequence[RunRecord], title: str) -> str:
     drawn = _figures(runs, chosen, heat_keys, colors)
     answers = _answers(runs)
     data = {
-        "runs": [_named(name, color) for name, color in zip(labels(runs), colors, strict=True)],
+        "runs": _look(runs, colors),
         "axes": AXES,
         "curves": [_curve(curve, len(runs)) for curve in curves],
-        "series": [compact(frame, curves) for frame in frames],
         "templates": figures.TEMPLATES,
         "most_legend_runs": figures.MOST_LEGEND_RUNS,
         "config": _config(runs),
@@ -103,8 +101,9 @@ def render(runs: Sequence[RunRecord], title: str) -> str:
         most_cells=figures.MOST_CELLS,
         pareto=bool(drawn["pareto"]),
         has_answers=bool(answers["questions"]),
-        payload=_packed(data),
-        plotly=get_plotlyjs(),
+        data=_packed(_json(data)),
+        series=_packed(_json(series)),
+        plotly=_packed(get_plotlyjs()),
     )
 
 
@@ -115,26 +114,28 @@ def _subtitle(runs: Sequence[RunRecord]) -> str:
     return f"{time.strftime('%Y-%m-%d %H:%M')}; {len(runs)} run{'' if len(runs) == 1 else 's'}{sweep}: {states}"
 
 
-def _packed(data: Mapping[str, Any]) -> str:
-    """JSON -> gzip -> base64: curves of 200 runs would be 15 MB as they are."""
-    text = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    return base64.b64encode(gzip.compress(text.encode("utf-8", "replace"), mtime=0)).decode()
+def _json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 
 
-def _named(name: str, color: str) -> dict[str, str]:
-    return {"label": name, "plain": figures.plain(name), "color": color}
+def _packed(text: str) -> str:
+    """gzip, then base64: curves of 200 runs would be 20 MB as they are, Plotly 5 MB."""
+    return base64.b64encode(gzip.compress(text.encode("utf-8", "replace"), compresslevel=6, mtime=0)).decode()
+
+
+def _look(runs: Sequence[RunRecord], colors: Sequence[str]) -> list[dict[str, str]]:
+    """plain: the label as Plotly takes it"""
+    names, dashes = labels(runs), figures.run_dashes(len(runs))
+    return [
+        {"label": name, "plain": figures.plain(name), "color": color, "dash": dash}
+        for name, color, dash in zip(names, colors, dashes, strict=True)
+    ]
 
 
 def _curve(curve: Curve, num_runs: int) -> dict[str, Any]:
-    layout = _json(figures.curve_figure(curve, num_runs))["layout"]
-    return {"column": curve.column, "is_loss": curve.is_loss, "layout": layout}
-
-
-def _json(figure: go.Figure) -> dict[str, Any]:
-    """Without Plotly's own template, which would come with each figure."""
-    made = figure.to_plotly_json()
-    made["layout"].pop("template", None)
-    return made
+    layout = figures.curve_figure(curve, num_runs)["layout"]
+    # the page has one legend for all
+    return {"column": curve.column, "is_loss": curve.is_loss, "layout": {**layout, "showlegend": False}}
 
 
 # --- table ------------------------------------------------------------------------------------------------------------
@@ -197,7 +198,7 @@ def _figures(
     }
     groups = {"parallel": parallel, "heat": heat, "pareto": pareto}
     return {
-        group: {choice: _json(figure) for choice, figure in made.items() if figure is not None}
+        group: {choice: figure for choice, figure in made.items() if figure is not None}
         for group, made in groups.items()
     }
 

@@ -2,7 +2,7 @@
 // What the page does: the table, the differences, the answers, and which of the figures that Python made is shown.
 (async () => {
   const byId = (id) => document.getElementById(id);
-  const data = await unpack(byId("data").textContent);
+  const data = await (await unpacked("data")).json();
   const table = byId("table");
   const body = table.tBodies[0];
   const rows = [...body.rows];
@@ -11,10 +11,12 @@
   const MOST_RAW = 20; // runs whose unsmoothed curve stays behind the smoothed one
   const SPARSE = 25; // points below which each has a mark
 
-  async function unpack(text) {
-    const bytes = Uint8Array.from(atob(text.trim()), (letter) => letter.charCodeAt(0));
-    const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
-    return new Response(stream).json();
+  // base64 of gzip -> Response
+  function unpacked(id) {
+    const letters = atob(byId(id).textContent);
+    const bytes = new Uint8Array(letters.length);
+    for (let place = 0; place < bytes.length; place += 1) bytes[place] = letters.charCodeAt(place);
+    return new Response(new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip")));
   }
 
   function element(name, properties = {}, ...children) {
@@ -43,7 +45,7 @@
     (entries) => {
       for (const entry of entries) {
         plots.get(entry.target).visible = entry.isIntersecting;
-        if (entry.isIntersecting) draw(entry.target);
+        if (entry.isIntersecting) drawSoon(entry.target);
       }
     },
     { rootMargin: "300px" }
@@ -56,9 +58,23 @@
     watcher.observe(div);
   }
 
+  // one at a time, so that the page answers in between
+  const waiting = new Set();
+  function drawSoon(div) {
+    if (!waiting.size) setTimeout(drawNext);
+    waiting.add(div);
+  }
+
+  function drawNext() {
+    const [div] = waiting;
+    waiting.delete(div);
+    draw(div);
+    if (waiting.size) setTimeout(drawNext);
+  }
+
   function draw(div) {
     const one = plots.get(div);
-    if (!one.stale) return;
+    if (!one.stale || !one.visible) return;
     one.stale = false;
     const figure = one.figure();
     if (!figure) {
@@ -74,7 +90,7 @@
     for (const [div, one] of plots) {
       if (ids.length && !ids.some((id) => div.id.startsWith(id))) continue;
       one.stale = true;
-      if (one.visible) draw(div);
+      if (one.visible) drawSoon(div);
     }
   }
 
@@ -150,6 +166,7 @@
   function showChosen() {
     byId("count").textContent = `${inTable().length} of ${rows.length} runs, ${plotted().length} plotted`;
     redraw("curve-");
+    showLegend();
     showAnswers();
   }
 
@@ -209,7 +226,7 @@
     return {
       type: "scatter", name: data.runs[run].plain, x: onAxis(steps, data.series[run].axes, axis), y: values,
       mode: values.length <= SPARSE ? "lines+markers" : "lines",
-      line: { color: data.runs[run].color, width: 1.6 }, marker: { size: 5 }, ...extra,
+      line: { color: data.runs[run].color, dash: data.runs[run].dash, width: 1.6 }, marker: { size: 5 }, ...extra,
     };
   }
 
@@ -218,9 +235,8 @@
     const runs = plotted().filter((run) => data.series[run].curves[curve.column] && data.series[run].axes[axis]);
     if (!runs.length) return null;
     const lines = runs.flatMap((run) => {
-      const [steps, values, means] = data.series[run].curves[curve.column];
+      const [steps, values, at = steps, from = values] = data.series[run].curves[curve.column];
       if (!weight || values.length < 3) return [trace(run, steps, values, axis, {})];
-      const [at, from] = means || [steps, values];
       const smoothed = trace(run, at, smooth(from, weight), axis, { mode: "lines" });
       const raw = trace(run, steps, values, axis, { opacity: 0.25, showlegend: false, hoverinfo: "skip", mode: "lines" });
       return runs.length <= MOST_RAW ? [raw, smoothed] : [smoothed];
@@ -229,8 +245,14 @@
     const layout = structuredClone(curve.layout);
     layout.xaxis.title.text = data.axes[axis];
     layout.yaxis.type = isLog ? "log" : "linear";
-    layout.showlegend = runs.length > 1 && runs.length <= data.most_legend_runs;
     return { data: lines, layout };
+  }
+
+  function showLegend() {
+    const runs = plotted().slice(0, data.most_legend_runs);
+    const items = runs.map((run) => element("span", {}, swatch(run), data.runs[run].label));
+    const more = plotted().length - runs.length;
+    byId("legend").replaceChildren(...items, ...(more > 0 ? [`and ${more} more: point at a line to see its name`] : []));
   }
 
   // --- answers -----------------------------------------------------------------------------------------------------
@@ -309,24 +331,12 @@
   onInput("diff-b", showDifferences);
   showDifferences();
 
-  const hasAxis = (name) => data.series.some((run) => run.axes[name]);
-  fill("axis", Object.entries(data.axes).map(([name, title]) =>
-    [name, hasAxis(name) ? title : `${title} (not logged)`, !hasAxis(name)]), "step");
   onInput("axis", () => redraw("curve-"));
   onInput("log", () => redraw("curve-"));
   onInput("smoothing", () => {
     byId("smoothing-value").textContent = byId("smoothing").value;
     redraw("curve-");
   });
-  data.curves.forEach((curve, place) => plot(`curve-${place}`, () => curveFigure(curve), `No plotted run has ${curve.layout.title.text} on this axis.`));
-
-  for (const [name, ids] of Object.entries(data.choosers)) {
-    const selects = ids.map(({ id, options, chosen }) => (fill(id, options, chosen), id));
-    selects.forEach((id) => onInput(id, () => redraw(`${name}-plot`)));
-    const figure = () => data.figures[name][selects.map((id) => byId(id).value).join("|")] || null;
-    plot(`${name}-plot`, figure, name === "heat" ? "Choose two different keys." : "No run has both numbers.");
-  }
-
   byId("theme").addEventListener("click", () => {
     root.dataset.theme = theme() === "dark" ? "light" : "dark";
     showTheme();
@@ -334,5 +344,25 @@
   prefersDark.addEventListener("change", showTheme);
   showTheme();
   showChosen();
+
+  await new Promise((painted) => setTimeout(painted)); // the table needn't wait for what follows
+  data.series = await (await unpacked("series")).json();
+  for (const run of data.series) {
+    for (const curve of Object.values(run.curves)) {
+      for (const steps of [curve[0], curve[2]]) steps?.forEach((step, place) => (steps[place] = step + (steps[place - 1] || 0)));
+    }
+  }
+  const hasAxis = (name) => data.series.some((run) => run.axes[name]);
+  fill("axis", Object.entries(data.axes).map(([name, title]) =>
+    [name, hasAxis(name) ? title : `${title} (not logged)`, !hasAxis(name)]), "step");
+  document.head.append(element("script", { textContent: await (await unpacked("plotly")).text() }));
+  data.curves.forEach((curve, place) =>
+    plot(`curve-${place}`, () => curveFigure(curve), `No plotted run has ${curve.layout.title.text} on this axis.`));
+  for (const [name, ids] of Object.entries(data.choosers)) {
+    const selects = ids.map(({ id, options, chosen }) => (fill(id, options, chosen), id));
+    selects.forEach((id) => onInput(id, () => redraw(`${name}-plot`)));
+    const figure = () => data.figures[name][selects.map((id) => byId(id).value).join("|")] || null;
+    plot(`${name}-plot`, figure, name === "heat" ? "Choose two different keys." : "No run has both numbers.");
+  }
   root.dataset.ready = "true";
 })();
