@@ -96,6 +96,7 @@ def plan_of(cfg: DictConfig, folders: list[Path]) -> Plan:
         id=values["id"],
         output=Path(absolute_path(values["output"])),
         force=values["force"],
+        reuse_answers=values["reuse_answers"],
         dryrun=values["dryrun"],
         problems=problems,
     )

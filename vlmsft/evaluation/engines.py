@@ -24,6 +24,7 @@ class Served:
     model: what requests call it
     engine: "vllm", "sglang", BUILTIN, as the user named it, or UNKNOWN
     version, transformers, dtype: None where the server doesn't say
+    root: the folder or hub id of its weights, where the server says it (vLLM)
     """
 
     model: str
@@ -31,6 +32,7 @@ class Served:
     version: str | None = None
     transformers: str | None = None
     dtype: str | None = None
+    root: str | None = None
 
 
 def probe(url: str, model: str | None, api_key: str, engine: str | None) -> Served:
@@ -46,7 +48,7 @@ def probe(url: str, model: str | None, api_key: str, engine: str | None) -> Serv
         cards = _cards(client, url)
         card = _card(cards, url, model)
         name, version = _stated(engine) if engine else _found(client, url, card)
-    return Served(str(card["id"]), name, version, card.get("transformers_version"), card.get("dtype"))
+    return Served(str(card["id"]), name, version, card.get("transformers_version"), card.get("dtype"), card.get("root"))
 
 
 def _cards(client: httpx.Client, url: str) -> list[dict[str, Any]]:

@@ -3,7 +3,7 @@
     {"id", "created", "command", "base",
      "generation": {...}, "limit", "repeats",
      "tasks": {name: {"runner", "data": {...}, "prompt", "scorers": {...}, "judge": {...} or null, ...}},
-     "models": {name: {"source", "engine", "engine_version", "transformers", "dtype", ...}},
+     "models": {name: {"source" or "url", "engine", "engine_version", "transformers", "dtype", ...}},
      "code": {"answers", "scores": hashes of the code that makes them, "commit", "dirty"}}
 
 The id is a hash over all of it but where and when: the same command is the same evaluation and goes on in its folder.
@@ -26,7 +26,7 @@ ANSWERS_CODE = ("evaluation/builtin.py", "evaluation/chat.py", "evaluation/tasks
 SCORES_CODE = ("evaluation/scorers.py", "evaluation/judge.py", "evaluation/eval_mm")
 WHERE_AND_WHEN = ("id", "created", "command", "base", "code.commit", "code.dirty")
 OF_THE_MACHINE = ("source", "folder")
-"""Of a model: where it lies, not what it is."""
+"""Of a local model: where it lies, not what it is, which is in "content"."""
 ENGINE = ("engine", "engine_version", "transformers", "dtype")
 """Of a model: what computed its answers, as opposed to what was computed."""
 

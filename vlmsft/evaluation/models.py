@@ -147,13 +147,15 @@ def _place(source: str, where: str) -> Path:
 def describe(model: Model, serve: Serve) -> dict[str, Any]:
     """What the model's answers depend on, for the manifest. Raises UserError with all that is wrong with the model.
 
-    engine, engine_version, transformers, dtype: of what computes; None where a server doesn't say
+    engine, engine_version, transformers, dtype: of what computes; None where a server doesn't say. A URL counts as the
+        same model as long as it serves the same name: what its weights are it doesn't say.
     """
     if model.place is None:
         served = probe(model.url, model.served_model, model.api_key, model.engine)
         return {
-            "source": model.url,
+            "url": model.url,
             "served_model": served.model,
+            "root": served.root,
             "engine": served.engine,
             "engine_version": served.version,
             "transformers": served.transformers,

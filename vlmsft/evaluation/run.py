@@ -9,6 +9,7 @@ from __future__ import annotations
 import datetime
 import functools
 import importlib
+import itertools
 import json
 import os
 import shutil
@@ -52,6 +53,7 @@ class Plan:
     id: str | None
     output: Path
     force: bool
+    reuse_answers: bool
     dryrun: bool
     problems: Sequence[Problem] = ()
 
@@ -72,7 +74,8 @@ def evaluate(plan: Plan) -> int:
         return 0
     with _alone(folder):
         _write_json(folder / MANIFEST, manifest)
-        _reuse_answers(manifest, plan, store)
+        if plan.reuse_answers:
+            _reuse_answers(manifest, plan, store)
         ask(plan, manifest, store)
         scores = score(plan, manifest, store)
         store.write_scores(scores)
@@ -163,24 +166,23 @@ def _alone(folder: Path) -> Iterator[None]:
 
 def _reuse_answers(manifest: Mapping[str, Any], plan: Plan, store: Store) -> None:
     """Copies answers that another evaluation has to the very same questions of the very same model and settings."""
-    others: dict[tuple[str, str, str], Path] = {}
+    others: dict[tuple[str, str], Path] = {}
     for path in sorted(plan.output.glob(f"*/{MANIFEST}"), key=os.path.getmtime):
         other = json.loads(path.read_text(encoding="utf-8"))
-        for model in other["models"]:
-            for task in other["tasks"]:
-                answers = Store(path.parent).answers_path(model, task)
-                if path.parent != store.folder and answers.exists():
-                    others[(task, manifests.answers_key(other, model, task), "")] = answers
-    for model in plan.models:
-        for task in plan.tasks:
-            target = store.answers_path(model.name, task.name)
-            source = others.get((task.name, manifests.answers_key(dict(manifest), model.name, task.name), ""))
-            if source is not None and not target.exists():
-                target.parent.mkdir(parents=True, exist_ok=True)
-                aside = target.with_name(f"{target.name}.partial")
-                shutil.copyfile(source, aside)
-                os.replace(aside, target)
-                console().print(f"{model.name}, {task.name}: answers of {source.parents[2]}", highlight=False)
+        for model, task in itertools.product(other["models"], other["tasks"]):
+            answers = Store(path.parent).answers_path(model, task)
+            if path.parent != store.folder and answers.exists():
+                others[task, manifests.answers_key(other, model, task)] = answers
+    for model, task in itertools.product(plan.models, plan.tasks):
+        target = store.answers_path(model.name, task.name)
+        source = others.get((task.name, manifests.answers_key(dict(manifest), model.name, task.name)))
+        if source is not None and not target.exists():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            aside = target.with_name(f"{target.name}.partial")
+            shutil.copyfile(source, aside)
+            os.replace(aside, target)
+            text = f"{model.name}, {task.name}: answers of evaluation {source.parents[2].name}"
+            console().print(f"{text} (reuse_answers=false asks anew)", markup=False, highlight=False)
 
 
 # --- what it would cost -----------------------------------------------------------------------------------------------
