@@ -20,9 +20,12 @@ NOT_IN_IDENTITY = (
     "log",
     "launch",
     "sweep",
+    "plan",
+    "gpu_memory_gib",
     "experiment",  # a choice of other keys, which are all here
     "sweeps",
     "trainer.callbacks.progress",
+    "trainer.callbacks.throughput",
     "trainer.enable_progress_bar",
     "trainer.log_every_n_steps",
 )

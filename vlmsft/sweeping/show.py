@@ -163,13 +163,13 @@ def table_of(ledger: Ledger) -> Table:
         table.add_column(name, overflow="fold")
     for name in ("step", "loss", "val loss", "time", f"{options.objective_mode} {options.objective}"):
         table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("note", overflow="fold")
+    table.add_column("note", overflow="ellipsis", no_wrap=True, max_width=60)
     for row in rows:
         progress = progress_of(row.run_dir)
         steps = f"{progress.step}/{row.max_steps}" if row.max_steps is not None else str(progress.step)
         table.add_row(
             str(row.num),
-            "\n".join(row.overrides),
+            "\n".join(short(word) for word in row.overrides),
             Text(row.state, style=STYLES.get(row.state, "")),
             steps if row.state != "infeasible" else "",
             number(progress.train_loss),
@@ -179,6 +179,12 @@ def table_of(ledger: Ledger) -> Table:
             Text(note_of(row)),
         )
     return table
+
+
+def short(override: str) -> str:
+    """'optim.max_lr=1e-5' as 'max_lr=1e-5': a table has little room."""
+    key, equals, value = override.partition("=")
+    return f"{key.rpartition('.')[2]}{equals}{value}"
 
 
 def best_of(rows: Sequence[JobRow], mode: str) -> int | None:
