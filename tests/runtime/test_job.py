@@ -14,7 +14,7 @@ import pytest
 
 from vlmsft.config_files import root
 
-TOYS = Path(__file__).with_name("job_toys.py")
+TOYS = Path(__file__).parents[1] / "job_toys.py"
 
 
 class Started:
@@ -219,69 +219,3 @@ def test_child_gets_the_frozen_recipe(tmp_path):
     (tmp_path / job.RECIPE_FILE).write_text(job.ZlibJSONSerializer().serialize(recipe))
     read = job.read_job(tmp_path)
     assert read.recipe == recipe and read.run_dir == str(tmp_path) and read.id == tmp_path.name
-
-
-# --- Slurm ------------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def repository(tmp_path, monkeypatch):
-    """A repository with one commit, as working directory."""
-    folder = tmp_path / "repository"
-    folder.mkdir()
-    (folder / "code.py").write_text("x = 1\n")
-    git = ["git", "-c", "user.name=t", "-c", "user.email=t@example.org"]
-    for arguments in (["init", "--quiet"], ["add", "."], ["commit", "--quiet", "-m", "code"]):
-        subprocess.run([*git, *arguments], cwd=folder, check=True)
-    monkeypatch.chdir(folder)
-    with open(os.devnull) as nothing:
-        monkeypatch.setattr(sys, "stdin", nothing)  # NeMo-Run's packager reads it, pytest's refuses
-        yield folder
-
-
-def slurm_job(tmp_path, *overrides):
-    import hydra
-    import job_toys
-    import nemo_run as run
-
-    from vlmsft.recipe import translate
-    from vlmsft.runtime import job
-
-    run_dir = tmp_path / "runs" / "toys" / "one"
-    run_dir.mkdir(parents=True)
-    account = ["launch.executor.account=me", "launch.executor.partition=gpu", "launch.executor.container_image=null"]
-    with hydra.initialize_config_dir(str(root() / "conf"), version_base="1.3"):
-        cfg = hydra.compose("train", ["launch=slurm", f"run_dir={run_dir}", *account, *overrides])
-    made = job.Job(run.Partial(job_toys.write_rank, folder=str(run_dir)), str(run_dir), "toys", "one")
-    return made, translate(cfg.launch)["executor"]
-
-
-def test_slurm_dry_run(tmp_path, repository):
-    from vlmsft.runtime import job
-
-    made, executor = slurm_job(tmp_path, "trainer.num_nodes=2", "trainer.devices=4")
-    assert job.launch(made, executor, dry_run=True) == 0
-    (script,) = Path(made.run_dir, "nemo_run").rglob("train_sbatch.sh")
-    text = script.read_text()
-    for line in (
-        "#SBATCH --account=me",
-        "#SBATCH --partition=gpu",
-        "#SBATCH --nodes=2",
-        "#SBATCH --ntasks-per-node=4",
-        "#SBATCH --gpus-per-node=4",
-        "#SBATCH --time=04:00:00",
-    ):
-        assert line in text.splitlines()
-    assert "python -m nemo_run.core.runners.fdl_runner -n train" in text
-    assert f"{made.run_dir}/nemo_run/experiments" in text, "NeMo-Run's files lie where the nodes see them"
-    assert (script.parent / "train" / "code" / "code.py").read_text() == "x = 1\n", "the committed code travels along"
-
-
-def test_uncommitted_code_is_refused(tmp_path, repository):
-    from vlmsft.errors import UserError
-    from vlmsft.runtime import job
-
-    (repository / "code.py").write_text("x = 2\n")
-    made, executor = slurm_job(tmp_path)
-    with pytest.raises(UserError, match=r"launch\.executor: found .*uncommitted"):
-        job.launch(made, executor, dry_run=True)

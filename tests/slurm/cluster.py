@@ -3,9 +3,9 @@
     with Cluster(folder) as cluster:
         subprocess.run(["sbatch", ...], env={**os.environ, **cluster.environment})
 
-Debian 12's packages (MISSING_REMEDY). No systemd, no cgroups, no container plugin; every port is picked free, every file
-and socket lies in the folder, so that a second cluster, or a system's own Slurm, isn't touched. Root is needed: slurmd
-starts tasks as the user who submitted.
+Debian 12's packages (MISSING_REMEDY). No systemd, no cgroups, no container plugin; every port is picked free, and every
+file and socket lies in the folder, so that a second cluster, or a system's own Slurm, isn't touched. Root is needed:
+slurmd starts tasks as the user who submitted.
 
 Partitions: `debug` (default), and `urgent`, whose jobs preempt those of `debug`: SIGTERM, GRACE_SECONDS later SIGKILL,
 then they are requeued.
@@ -23,7 +23,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 PROGRAMS = ("munged", "mariadbd", "mariadb-install-db", "slurmdbd", "slurmctld", "slurmd", "sbatch", "sacctmgr")
-MISSING_REMEDY = "apt-get install -y --no-install-recommends slurmctld slurmd slurm-client slurmdbd munge mariadb-server"
+MISSING_REMEDY = (
+    "apt-get install -y --no-install-recommends slurmctld slurmd slurm-client slurmdbd munge mariadb-server"
+)
 NODES = ("n1", "n2")
 ACCOUNT = "test"
 CPUS_PER_NODE = 4  # as Slurm is told; the tests' jobs are tiny
@@ -154,9 +156,9 @@ StorageLoc=slurm
 """
         )
         accounting.chmod(0o600)
+        size = f"CPUs={CPUS_PER_NODE} RealMemory=4000"
         nodes = "\n".join(
-            f"NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={free_port()} CPUs={CPUS_PER_NODE} RealMemory=4000"
-            for name in NODES
+            f"NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={free_port()} {size}" for name in NODES
         )
         (folder / "slurm.conf").write_text(
             f"""\

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -65,6 +66,48 @@ def train_slowly(folder: str) -> None:
         accelerator="cpu", max_steps=-1, logger=False, enable_checkpointing=False, enable_progress_bar=False
     )
     trainer.fit(Steps())
+
+
+def train_together(folder: str) -> None:
+    """Two ranks in step, of which the second gets SIGTERM in step 2, counted from 0."""
+    import lightning.pytorch as pl
+    import torch
+
+    from vlmsft.runtime.preemption import Preemption
+
+    rank = int(os.environ["RANK"])
+
+    class Model(pl.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.layer = torch.nn.Linear(2, 1)
+
+        def training_step(self, batch, index):
+            if rank == 1 and index == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return self.layer(batch).sum()
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+        def train_dataloader(self):
+            return torch.utils.data.DataLoader(torch.ones(1000, 2))
+
+    class Steps(pl.Callback):
+        def on_exception(self, trainer, module, error):
+            Path(folder, f"step{rank}").write_text(str(trainer.global_step))
+
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        devices=2,
+        strategy="ddp",
+        max_steps=50,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        callbacks=[Preemption(), Steps()],
+    )
+    trainer.fit(Model())
 
 
 def start(function: str, run_dir: str, how: str) -> None:

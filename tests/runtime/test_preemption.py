@@ -1,0 +1,87 @@
+"""SIGTERM ends a training after a step, on all ranks, with a checkpoint."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from runtime_toys import ToyData, ToyModel
+
+from vlmsft.runtime.preemption import Preemption
+
+
+class TermAt(pl.Callback):
+    """Sends this process SIGTERM in a step, counted from 0."""
+
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
+        if batch_idx == self.step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.fixture
+def noted():
+    """The signals that the handler of the time before the training gets."""
+    received: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: received.append(number))
+    yield received
+    signal.signal(signal.SIGTERM, before)
+
+
+def test_a_checkpoint_of_the_step_that_was_done(toy_trainer, tmp_path, noted):
+    checkpoint = pl.callbacks.ModelCheckpoint(tmp_path, save_last=True, monitor=None, every_n_train_steps=100)
+    trainer = toy_trainer(TermAt(2), Preemption(), checkpoint, enable_checkpointing=True, max_steps=8)
+    ours = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit):
+        trainer.fit(ToyModel(), ToyData())
+    saved = torch.load(tmp_path / "last.ckpt", weights_only=False)
+    assert trainer.global_step == saved["global_step"] == 3
+    assert noted == [signal.SIGTERM], "who started the training hears of it, too"
+    assert signal.getsignal(signal.SIGTERM) is ours
+
+
+def test_it_saves_no_step_twice(toy_trainer, tmp_path, noted):
+    checkpoint = pl.callbacks.ModelCheckpoint(tmp_path, save_last=True, every_n_train_steps=1)
+    saves = []
+    trainer = toy_trainer(TermAt(2), Preemption(), checkpoint, enable_checkpointing=True, max_steps=8)
+    trainer.save_checkpoint = lambda path, *_: saves.append((trainer.global_step, Path(path).name))  # type: ignore[method-assign]
+    checkpoint._last_global_step_saved = 3
+    with pytest.raises(SystemExit):
+        trainer.fit(ToyModel(), ToyData())
+    assert not [step for step, _ in saves if step == 3]
+
+
+def test_without_a_signal_nothing_changes(toy_trainer, noted):
+    trainer = toy_trainer(Preemption(), max_steps=8)
+    ours = signal.getsignal(signal.SIGTERM)
+    trainer.fit(ToyModel(), ToyData())
+    assert trainer.global_step == 8 and noted == [] and signal.getsignal(signal.SIGTERM) is ours
+
+
+@pytest.mark.nemo  # no NeMo, but torch and nemo_run in three processes
+def test_a_signal_to_one_rank_ends_all_after_the_same_step(tmp_path):
+    import subprocess
+
+    from vlmsft.config_files import root
+
+    toys = root() / "tests" / "job_toys.py"
+    run_dir = tmp_path / "runs" / "toys" / "one"
+    run_dir.mkdir(parents=True)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(root()), str(toys.parent)])}
+    done = subprocess.run(
+        [sys.executable, str(toys), "train_together", str(run_dir), "torchrun"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 143, done.stdout + done.stderr
+    assert [(run_dir / f"step{rank}").read_text() for rank in (0, 1)] == ["3", "3"]
+    assert "Traceback" not in done.stdout
