@@ -1,8 +1,8 @@
 """Size of the HTML report of 200 runs, and the time until a browser has it ready.
 
 The runs are synthetic: curves of 20,000 rows drawn from a formula with noise, no training behind them. Ready = table,
-filter, differences and plots answer and nothing waits on the main thread; plots draw as they are scrolled to. Beside the
-clock stands the CPU time of the page's main thread, which other work on the machine doesn't lengthen.
+filter, differences and plots answer and nothing waits on the main thread; plots draw as they are scrolled to. Beside
+the clock stands the CPU time of the page's main thread, which other work on the machine doesn't lengthen.
 
     python benchmarks/report_size.py [num_runs] [num_rows]
 """

@@ -1,7 +1,7 @@
 """The plots of a report as Plotly figures; vlmsft.report.html puts them on a page, vlmsft.report.plots into PNG files.
 
-They are mappings with "data" and "layout", as Plotly's JSON has them: go.Figure checks each value, which takes 10 ms for
-a figure, and a page may hold hundreds.
+They are mappings with "data" and "layout", as Plotly's JSON has them: go.Figure checks each value, which takes 10 ms
+for a figure, and a page may hold hundreds.
 
 They have no colours of their own but those of the runs, which are readable on white and on black: what a figure lies on
 comes from TEMPLATES.
@@ -242,7 +242,10 @@ def heat_figure(runs: Sequence[RunRecord], x: str, y: str, name: str) -> Figure 
         "textfont": {"color": "#ffffff"},
         "hovertemplate": f"{_in_template(x)} = %{{x}}<br>{_in_template(y)} = %{{y}}<br>%{{text}}<extra></extra>",
         "colorscale": _best_first(name, HEAT_SCALE),
-        "colorbar": {"title": {"text": plain(metric(name).title), "side": "right"}, "thickness": 10},
+        "colorbar": {
+            "title": {"text": plain(metric(name).title), "side": "right", "font": {"size": 13}},
+            "thickness": 10,
+        },
         "hoverongaps": False,
         "xgap": 2,
         "ygap": 2,
