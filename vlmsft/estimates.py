@@ -47,7 +47,7 @@ def frozen_parts(cfg: DictConfig) -> dict[str, bool]:
 
 def parameters(cfg: DictConfig) -> dict[str, tuple[int, int]]:
     """{part: (total, trainable)} of a config that `can_be_estimated`."""
-    text, vision = _shapes(cfg)
+    text, vision = shapes_of(cfg)
     frozen = frozen_parts(cfg)
     counts = sizes.parameter_counts(text, vision)
     table = {part: (count.total, 0 if frozen[part] else count.total) for part, count in counts.items()}
@@ -62,7 +62,7 @@ def memory(cfg: DictConfig) -> MemoryEstimate:
     facts = Facts(cfg, None)
     assert facts.data_parallel_size is not None
     return memory_estimate(
-        *_shapes(cfg),
+        *shapes_of(cfg),
         training(cfg),
         micro_batch_size=cfg.data.micro_batch_size,
         text_tokens=cfg.data.decoder_seq_length,
@@ -79,7 +79,7 @@ def training(cfg: DictConfig) -> Training:
         text=not frozen["text"],
         tower=not frozen["tower"],
         projector=not frozen["projector"],
-        lora_modules=() if peft is None else sizes.lora_modules(*_shapes(cfg), list(peft.target_modules)),
+        lora_modules=() if peft is None else sizes.lora_modules(*shapes_of(cfg), list(peft.target_modules)),
         lora_dim=0 if peft is None else peft.dim,
         lora_dropout=peft is not None and peft.dropout > 0,
         recompute_text=facts[f"{TEXT}.recompute_granularity"] == "full",
@@ -87,7 +87,7 @@ def training(cfg: DictConfig) -> Training:
     )
 
 
-def _shapes(cfg: DictConfig) -> tuple[sizes.TextShape, sizes.VisionShape]:
+def shapes_of(cfg: DictConfig) -> tuple[sizes.TextShape, sizes.VisionShape]:
     known = shapes(cfg)
     assert known is not None
     return known

@@ -1,21 +1,69 @@
-"""python -m vlmsft.plan key=value ...: what vlmsft.train would run with the same overrides, without starting it."""
+"""python -m vlmsft.plan key=value ...: what vlmsft.train would run with the same overrides, without starting it.
+
+-m optim.max_lr=1e-5,2e-5, or sweeps=...: the sweep as a table, each job with what varies, whether it can run, memory
+and time. That looks at configs and data only: without NeMo, whose arguments' types are checked at the start.
+"""
 
 from __future__ import annotations
 
+import sys
+import tempfile
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
-from vlmsft.cli import command
+from vlmsft.cli import command, multirun_job
 from vlmsft.errors import UserError
 from vlmsft.mllama.sizes import GIB, tokens_per_step
 
 if TYPE_CHECKING:
     from vlmsft.facts import Facts
+    from vlmsft.planning import JobPlan
+
+
+_jobs: list[JobPlan] = []
+
+
+def main() -> None:
+    """The command. Nothing of a sweep is written down: Hydra's folder of a multirun is a passing one."""
+    _jobs.clear()
+    arguments = sys.argv
+    with tempfile.TemporaryDirectory() as scratch:
+        sys.argv = [*arguments, f"hydra.sweep.dir={scratch}"]
+        try:
+            plan()
+        finally:
+            sys.argv = arguments
+            if _jobs:
+                from vlmsft.planning import show
+                from vlmsft.runtime.logging import console
+
+                show(_jobs, console())
 
 
 @command("train")
-def main(cfg: DictConfig) -> None:
+def plan(cfg: DictConfig) -> None:
+    if multirun_job() is None:
+        plan_one(cfg)
+    else:
+        plan_of_sweep(cfg)
+
+
+def plan_of_sweep(cfg: DictConfig) -> None:
+    """Keeps the job for the table. Raises UserError with what is wrong whatever else varies."""
+    from vlmsft.checks import malformed
+    from vlmsft.planning import plan_job
+    from vlmsft.runtime.logging import quiet
+
+    _jobs.append(plan_job(cfg, cfg.sweep.varies or ""))
+    with tempfile.TemporaryDirectory() as scratch, quiet(scratch):
+        problems = malformed(cfg)
+    if problems:
+        raise UserError(problems)
+
+
+def plan_one(cfg: DictConfig) -> None:
+    """Recipe and summary, and what is wrong."""
     from vlmsft.runtime.logging import console
     from vlmsft.train import check
 

@@ -84,12 +84,12 @@ class Costs:
 def count_batch(
     vision: VisionShape,
     *,
-    text_tokens: Sequence[int],
-    num_answers: int,
-    num_tiles: Sequence[int],
-    visible_rows: Sequence[int],
+    text_tokens: Sequence[float],
+    num_answers: float,
+    num_tiles: Sequence[float],
+    visible_rows: Sequence[float],
 ) -> Counts:
-    """Counts of a micro batch.
+    """Counts of a micro batch; means of many will do.
 
     text_tokens: of each sample, without padding
     num_tiles, visible_rows: of each image: its real tiles, the text rows that see it
