@@ -92,7 +92,7 @@ def find(cfg: DictConfig) -> Found:
     elif cfg.sweep is not None:
         from vlmsft.report.runs import sweep_runs
 
-        runs, problems = list(sweep_runs(str(cfg.sweep), Path(cfg.runs_dir))), []
+        runs, problems = sweep_runs(str(cfg.sweep), Path(cfg.runs_dir)), []
     else:
         runs, problems = _of_folders(cfg)
     if not runs:
@@ -190,9 +190,9 @@ def write_pages(cfg: DictConfig, runs: Sequence[RunRecord]) -> None:
         write_report(runs, cfg.report)
         console().print(f"report: {cfg.report}", markup=False, highlight=False, soft_wrap=True)
     if cfg.plots is not None:
-        from vlmsft.report.png import write_plots
+        from vlmsft.report.plots import write_pngs
 
-        write_plots(runs, cfg.plots)
+        write_pngs(runs, cfg.plots)
         console().print(f"plots: {cfg.plots}", markup=False, highlight=False, soft_wrap=True)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -24,7 +25,14 @@ def differing_keys(runs: Sequence[RunRecord]) -> list[str]:
 def _differs(key: str, runs: Sequence[RunRecord]) -> bool:
     if len({comparable(run.config, key) for run in runs}) == 1:
         return False
-    return len({comparable(run.config, key).replace(run.id, "<id>") for run in runs}) > 1
+    return len({_without_id(run, key) for run in runs}) > 1
+
+
+def _without_id(run: RunRecord, key: str) -> str:
+    """Of words only, and as a word of its own: an id may be 1."""
+    text = comparable(run.config, key)
+    is_text = isinstance(run.config.get(key), str)
+    return re.sub(rf"(?<!\w){re.escape(run.id)}(?!\w)", "<id>", text) if is_text else text
 
 
 def comparable(config: Mapping[str, Any], key: str) -> str:
@@ -41,7 +49,7 @@ def short_names(keys: Sequence[str]) -> dict[str, str]:
     for key in keys:
         parts = key.split(".")
         ends = (".".join(parts[-count:]) for count in range(1, len(parts) + 1))
-        short[key] = next(end for end in ends if _is_only_one(end, keys))
+        short[key] = next((end for end in ends if _is_only_one(end, keys)), key)  # `seed` beside `data.seed`
     return short
 
 

@@ -9,11 +9,12 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import sqlite3
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -23,6 +24,11 @@ from vlmsft.report.summary import nan_notes, num_gpus, summarize
 from vlmsft.runtime.metrics_rows import ENDED_FILE, read_metrics
 from vlmsft.runtime.provenance import flatten
 
+if TYPE_CHECKING:
+    from vlmsft.sweeping.ledger import JobRow
+
+LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+"""libyaml's is ten times as fast, and not built everywhere."""
 FILES = ("config.yaml", "provenance.json", "metrics.csv", "overrides.yaml", "config.yaml.partial")
 """A folder with one of them is a run's."""
 FAILURE_FILE = "failure.json"
@@ -61,7 +67,8 @@ def named_folders(name: str, runs_dir: Path) -> list[Path]:
     known = run_folders(runs_dir)
     if found := [folder for folder in known if folder.name == name]:
         return found
-    choices = [*(folder.name for folder in known), *(str(folder.relative_to(runs_dir)) for folder in known)]
+    paths = [folder.relative_to(runs_dir) for folder in known]
+    choices = [text for path in paths for text in (path.name, str(path), str(path.parent))]
     remedy = nearest(name, choices) or f"Give <name>/<id> or an id of a run below {runs_dir}, or the path of a folder"
     raise UserError(Problem("runs", f"{name!r}, where no run is", "a run folder, or a folder of some", remedy))
 
@@ -117,14 +124,16 @@ def _read_yaml(path: Path, notes: list[str], run_dir: Path) -> Any:
     name = path.relative_to(run_dir)
     try:
         text = path.read_text(encoding="utf-8")
-        tree = yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+        tree = yaml.load(text, Loader=LOADER)
     except FileNotFoundError:
         notes.append(f"{name}: missing, the start was cut off")
         return None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         notes.append(f"{name}: can't be read ({_first_line(error)})")
         return None
-    if not text.endswith("\n"):
+    if not text.strip():
+        notes.append(f"{name}: empty")
+    elif not text.endswith("\n"):
         notes.append(f"{name}: cut off")
     return tree
 
@@ -226,7 +235,7 @@ def commit_of(provenance: Mapping[str, Any]) -> str:
 # --- sweeps -----------------------------------------------------------------------------------------------------------
 
 
-def sweep_runs(sweep: str, runs_dir: Path) -> Iterator[RunRecord]:
+def sweep_runs(sweep: str, runs_dir: Path) -> list[RunRecord]:
     """A record for each job of a sweep, also of those without a run folder yet. Raises UserError where there is none.
 
     sweep: its id, or its folder
@@ -235,16 +244,17 @@ def sweep_runs(sweep: str, runs_dir: Path) -> Iterator[RunRecord]:
     if (folder / "ledger.sqlite").is_file():
         from vlmsft.sweeping.ledger import Ledger
 
-        for job in Ledger(folder).jobs():
-            yield _of_job(job, folder.name)
-        return
+        try:
+            jobs = Ledger(folder).jobs()
+        except sqlite3.Error as error:
+            raise UserError(Problem(f"{folder}/ledger.sqlite", str(error), "a sweep's ledger")) from error
+        return [_of_job(job, folder.name) for job in jobs]
     found = [folder for folder in run_folders(runs_dir) if _sweep_of(folder) == sweep]
     if not found:
         known = sorted(path.name for path in (runs_dir / "sweeps").glob("*") if path.is_dir())
         remedy = nearest(sweep, known) or (f"There are {', '.join(known)}" if known else "")
         raise UserError(Problem("sweep", repr(sweep), f"a sweep below {runs_dir / 'sweeps'}", remedy))
-    for folder in found:
-        yield read_run(folder)
+    return [read_run(folder) for folder in found]
 
 
 def _sweep_of(run_dir: Path) -> Any:
@@ -252,23 +262,20 @@ def _sweep_of(run_dir: Path) -> Any:
     return sweep.get("id") if isinstance(sweep, dict) else None
 
 
-def _of_job(job: Any, sweep_id: str) -> RunRecord:
+def _of_job(job: JobRow, sweep_id: str) -> RunRecord:
     run_dir = Path(job.run_dir)
     if is_run_folder(run_dir):
         record = read_run(run_dir, job.state, sweep_id)
     else:
-        config = dict(override.lstrip("+").split("=", 1) for override in job.overrides if "=" in override)
         record = RunRecord(
             name=run_dir.parent.name,
             id=run_dir.name,
             location=str(run_dir),
             state=job.state,
-            config={key: yaml.safe_load(value) for key, value in config.items()},
+            config=flatten(yaml.load(job.record["config_yaml"], Loader=LOADER)),
             metrics={},
             curves=lambda: curves([]),
-            command=command_of(job.overrides),
+            command=command_of(job.record["overrides"]),
             sweep_id=sweep_id,
         )
-    if not job.reason:
-        return record
-    return replace(record, notes=(*record.notes, f"{job.state}: {job.reason}"))
+    return replace(record, notes=(*record.notes, f"{job.state}: {job.reason}")) if job.reason else record

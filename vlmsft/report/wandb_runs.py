@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -60,12 +61,13 @@ def record(
 def merged(history: Iterable[Mapping[str, Any]]) -> list[dict[str, float]]:
     """W&B's history as vlmsft.report.summary.Rows: one row for each optimizer step, numbers only.
 
-    A validation's numbers come in a row of their own after the step's.
+    A validation's numbers come in a row of their own after the step's; an evaluation's have no step, and are left out.
     """
+    lines = [{name: n for name, value in line.items() if (n := _number(value)) is not None} for line in history]
+    name_of_step = next((name for name in STEP_NAMES if any(name in line for line in lines)), "")
     rows: dict[float, dict[str, float]] = {}
-    for line in history:
-        numbers = {name: number for name, value in line.items() if (number := _number(value)) is not None}
-        step = next((numbers[name] for name in STEP_NAMES if name in numbers), None)
+    for numbers in lines:
+        step = numbers.get(name_of_step)
         if step is not None:
             row = rows.setdefault(step, {"step": step})
             row.update({name: number for name, number in numbers.items() if not name.startswith("_")})
@@ -112,8 +114,6 @@ def offline_runs(folder: Path, group: str | None = None) -> list[RunRecord]:
 
 
 def _with_notes(run: RunRecord, notes: Sequence[str]) -> RunRecord:
-    from dataclasses import replace
-
     return replace(run, notes=(*run.notes, *notes)) if notes else run
 
 
