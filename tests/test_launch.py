@@ -25,7 +25,7 @@ from launch_cases import (
 
 from vlmsft.checks import Facts
 from vlmsft.errors import UserError
-from vlmsft.launch_checks import secrets_stay_out, time_is_left_before_the_signal
+from vlmsft.launch_checks import paths_survive_nemo_run, secrets_stay_out, time_is_left_before_the_signal
 from vlmsft.runtime import job
 
 GOLDEN = Path(__file__).with_name("golden") / "launch"
@@ -46,6 +46,7 @@ def launched_from(tmp_path, monkeypatch):
     (tmp_path / "kubeconfig").write_text(KUBECONFIG)
     monkeypatch.setattr(kube_config, "KUBE_CONFIG_DEFAULT_LOCATION", str(tmp_path / "kubeconfig"))
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("PYTHONPATH", raising=False)
     with open(os.devnull) as nothing:
         monkeypatch.setattr(sys, "stdin", nothing)  # NeMo-Run's packager reads it, pytest's refuses
         yield folder
@@ -55,7 +56,7 @@ def dry_run(target: str, tmp_path: Path, *overrides: str) -> Path:
     """Folder of NeMo-Run's experiment."""
     made, executor = made_job(target, tmp_path / "runs" / "toys" / "one", *overrides)
     assert executor is not None and job.launch(made, executor, dry_run=True) == 0
-    (experiment,) = Path(made.run_dir, "nemo_run", "experiments", "toys").iterdir()
+    (experiment,) = Path(made.run_dir, job.HOME, "experiments", "toys").iterdir()
     return experiment
 
 
@@ -70,11 +71,12 @@ def test_what_would_be_submitted(target, tmp_path, launched_from):
         experiment.name: "toys_TIME",
         experiment.name.replace("_", "-"): "toys-TIME",
         environment_bin(): "/ENV/bin",
-        getpass.getuser(): "USER",
+        f"/nemo_run/{getpass.getuser()}/": "/nemo_run/USER/",
         os.environ["PATH"]: "$PATH",
-        os.environ.get("PYTHONPATH", "PYTHONPATH"): "PYTHONPATH",
+        str(Path(job.__file__).parents[2]): "/VLMSFT",
     }
-    text = re.sub(r"(?<=rdzv-id)(\W+)\d+|(?<=id: train-)\w+|(?<=/)\w{6}-\d+(?=/train)", r"\1N", normalised(text, known))
+    volatile = r"(?<=rdzv-id )\d+|(?<=[/ ]train-)\w{12,}|(?<=- ')\d{4}(?=')"
+    text = re.sub(volatile, "N", normalised(text, known))
     golden = GOLDEN / f"{target}.txt"
     if os.environ.get("UPDATE_GOLDEN"):
         golden.parent.mkdir(parents=True, exist_ok=True)
@@ -193,6 +195,23 @@ def test_dgxclouds_secret_comes_from_the_environment(monkeypatch, tmp_path, laun
     monkeypatch.delenv("DGXCLOUD_CLIENT_SECRET")
     with pytest.raises(UserError, match="DGXCLOUD_CLIENT_SECRET: found nothing"):
         executor.get_auth_token()
+
+
+@pytest.mark.parametrize(
+    ("image", "run_dir", "number"),
+    [("null", "/a/nemo_run/b", 1), ("x", "/a/nemo_run/b", 0), ("null", "/a/nemo-run/b", 0)],
+)
+def test_paths_that_nemo_run_would_rewrite_are_refused(image, run_dir, number):
+    overrides = [f"launch.executor.container_image={image}", f"run_dir={run_dir}"]
+    cfg = compose(*command_of("slurm"), *overrides)
+    assert [problem.where for problem in paths_survive_nemo_run(Facts(cfg, None))] == ["run_dir"] * number
+
+
+def test_scripts_without_a_container_keep_their_paths(tmp_path, launched_from):
+    experiment = dry_run("slurm", tmp_path, "launch.executor.container_image=null")
+    script = (experiment / "train_sbatch.sh").read_text()
+    assert f"-n train {experiment}/train/configs/train_fn_or_script" in script
+    assert f"#SBATCH --output={experiment}/train/sbatch_" in script
 
 
 # --- Slurm's signal ---------------------------------------------------------------------------------------------------

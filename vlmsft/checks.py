@@ -24,7 +24,7 @@ from rich.progress import Progress
 from vlmsft.errors import Problem, UserError, nearest
 from vlmsft.facts import CPU_STRATEGY, LOCAL_EXECUTOR, TENSOR_PARALLEL, TEXT, VISION, Facts, shapes
 from vlmsft.feasibility import infeasible
-from vlmsft.launch_checks import secrets_stay_out, time_is_left_before_the_signal
+from vlmsft.launch_checks import paths_survive_nemo_run, secrets_stay_out, time_is_left_before_the_signal
 from vlmsft.mllama import sizes
 from vlmsft.paths import DATASETS, is_local, with_absolute_paths
 from vlmsft.runtime.logging import console
@@ -459,6 +459,7 @@ CHECKS: tuple[Callable[[Facts], Iterator[Problem]], ...] = (
     something_is_trained,
     lora_targets,
     secrets_stay_out,
+    paths_survive_nemo_run,
     time_is_left_before_the_signal,
     processor_fits,
     checkpoint_exists,

@@ -17,10 +17,11 @@ from vlmsft.facts import Facts
 from vlmsft.runtime.provenance import Scrubber
 
 EXECUTOR = "launch.executor"
+SLURM_EXECUTOR = "nemo_run.SlurmExecutor"
 REFERENCES = ("secret_vars",)
 """Keys of executors whose values are names of secrets, which somebody else keeps."""
 REMEDY = {
-    "launch.executor.client_secret": "Leave it null and set DGXCLOUD_CLIENT_SECRET",
+    "launch.executor.client_secret": "Leave it empty and set DGXCLOUD_CLIENT_SECRET",
     "kubernetes": "Use launch.executor.env_list with a secretKeyRef",
     "lepton": "Use launch.executor.secret_vars with a secret's name",
     "other": "Let the workers have it from their own environment, ~/.netrc (W&B) or ~/.cache/huggingface",
@@ -71,6 +72,17 @@ def _kind(executor: dict[str, Any]) -> str:
     if "env_list" in executor:
         return "kubernetes"
     return "lepton" if "secret_vars" in executor else "other"
+
+
+def paths_survive_nemo_run(facts: Facts) -> Iterator[Problem]:
+    """Without a container, NeMo-Run replaces each /nemo_run in the batch script with its own folder."""
+    if facts[f"{EXECUTOR}._target_"] != SLURM_EXECUTOR or facts[f"{EXECUTOR}.container_image"] is not None:
+        return
+    for key in ("run_dir", f"{EXECUTOR}.tunnel.job_dir"):
+        path = facts[key]
+        if isinstance(path, str) and "/nemo_run" in path:
+            remedy = "NeMo-Run writes another path for it in scripts without a container"
+            yield Problem(key, path, "a path without /nemo_run", remedy)
 
 
 def time_is_left_before_the_signal(facts: Facts) -> Iterator[Problem]:

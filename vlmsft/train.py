@@ -103,7 +103,7 @@ def check(
         find_problems = checks.malformed if leave_out_infeasible else checks.find_problems
         problems = find_problems(cfg, started_world_size())
         # NeMo-Run reads it once, at import: without it, files would go to ~/.nemo_run
-        os.environ["NEMORUN_HOME"] = os.path.join(cfg.run_dir, "nemo_run")
+        os.environ["NEMORUN_HOME"] = os.path.join(cfg.run_dir, "nemo-run")
         from vlmsft.recipe import finetune_recipe, translate
 
         for name, translate_part in (("recipe", finetune_recipe), ("launch", lambda cfg: translate(cfg.launch))):

@@ -80,7 +80,7 @@ def test_torchrun(started):
     for rank in (0, 1):
         assert (one.run_dir / f"rank{rank}").read_text() == sys.executable
     assert (one.run_dir / "nemo.log").exists() and (one.run_dir / "nemo-rank1.log").exists()
-    assert (one.run_dir / "nemo_run" / "experiments").is_dir()
+    assert (one.run_dir / "nemo-run" / "experiments").is_dir()
     assert list(one.home.iterdir()) == [], "nothing in ~/.nemo_run"
 
 
@@ -90,7 +90,7 @@ def test_torchrun_failure(started):
     code, output = one.end()
     assert code == 1
     assert "ValueError: a bug in rank 1" in output and "rank 1 failed" in output
-    assert str(one.run_dir / "nemo.log") in output and str(one.run_dir / "nemo_run") in output
+    assert str(one.run_dir / "nemo.log") in output and str(one.run_dir / "nemo-run") in output
 
 
 @slow

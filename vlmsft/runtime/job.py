@@ -43,6 +43,9 @@ from vlmsft.runtime.logging import console, log_path, quiet, rank_from_environme
 
 FAILED_EXIT_CODE = 1
 CANCELLED_EXIT_CODE = 128 + signal.SIGTERM
+HOME = "nemo-run"
+"""NeMo-Run's files, in a run folder. Not nemo_run: in scripts for Slurm without a container it takes any /nemo_run for its
+own mount, and writes another path there."""
 RECIPE_FILE = "recipe.json"
 """The frozen recipe in a run folder, as NeMo-Run's ZlibJSONSerializer writes it."""
 FAILURE_FILE = "failure.json"
@@ -220,7 +223,7 @@ def launch(job: Job, config: run.Config, *, dry_run: bool = False, follow: bool 
     dry_run: write what would be submitted, and submit nothing
     follow: wait for the end of a submitted job too; its exit code is given then. Ctrl-C leaves it running
     """
-    home = Path(job.run_dir, "nemo_run")
+    home = Path(job.run_dir, HOME)
     set_nemorun_home(str(home))
     executor = build_executor(config)
     Path(job.run_dir, FAILURE_FILE).unlink(missing_ok=True)
@@ -313,6 +316,10 @@ def request_text(prepared: Any) -> str:
     prepared: nemo_run's Job
     """
     information = prepared._dryrun_info
+    if isinstance(prepared.executor, run.LocalExecutor):
+        (replicas,) = information.request.role_params.values()
+        environment = [f"{name}={value}" for name, value in sorted(replicas[0].env.items())]
+        return "\n".join([*environment, shlex.join(replicas[0].args), ""])
     if hasattr(prepared.executor, "get_job_body"):  # Kubeflow's: its own text names the command only
         request = information.request
         return yaml.safe_dump(prepared.executor.get_job_body(request.name, request.cmd), sort_keys=False)
@@ -325,7 +332,7 @@ def _submit(job: Job, experiment: run.Experiment) -> None:
     status = experiment.status(return_dict=True) or {}
     submitted = ", ".join(str(task["job_id"]) for task in status.values())
     _say(f"submitted {submitted}; run folder {job.run_dir}, output below {experiment._exp_dir}")
-    manage = f"NEMORUN_HOME={Path(job.run_dir, 'nemo_run')} nemorun experiment"
+    manage = f"NEMORUN_HOME={Path(job.run_dir, HOME)} nemorun experiment"
     _say(f"how it is: {manage} status {experiment._id}; logs and cancel likewise")
 
 

@@ -5,7 +5,7 @@ be interrupted. So this takes the steps of it one by one: all tasks are added, p
 files, sbatch scripts), and then a task is submitted when its turn comes. A task for this machine isn't submitted at
 all: `command` and `environment` are what NeMo-Run would start (see vlmsft.sweeping.local).
 
-NeMo-Run's files lie in the sweep's folder, below nemo_run/.
+NeMo-Run's files lie in the sweep's folder, below nemo-run/.
 """
 
 from __future__ import annotations
@@ -27,11 +27,9 @@ from nemo_run.core.tunnel.client import SSHTunnel
 from nemo_run.core.tunnel.rsync import rsync
 from torchx.specs.api import AppState, is_terminal
 
-from vlmsft.runtime.job import as_user_errors, build_executor
+from vlmsft.runtime.job import HOME, as_user_errors, build_executor
 from vlmsft.sweeping import slurm
 from vlmsft.sweeping.ledger import JobRow
-
-HOME = "nemo_run"
 
 
 class SweepExperiment:

@@ -215,7 +215,7 @@ def duration(row: JobRow) -> str:
 
 def output_of(ledger: Ledger, row: JobRow) -> list[Path]:
     """The files with what a job has printed: its own, a submitted one's below NeMo-Run's, and NeMo's log."""
-    below = ledger.folder / "nemo_run" / "experiments"
+    below = ledger.folder / "nemo-run" / "experiments"
     submitted = sorted(below.glob(f"*/*/job_{row.num}/log*.out"), key=lambda path: path.stat().st_mtime)
     files = [Path(row.run_dir, OUTPUT_FILE), *submitted[-1:], Path(row.run_dir, "nemo.log")]
     return [path for path in files if path.is_file()]
