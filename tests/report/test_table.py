@@ -89,7 +89,7 @@ def test_markdown():
     ]
 
 
-@pytest.mark.parametrize(("width", "is_tall"), [(120, False), (60, True)])
+@pytest.mark.parametrize(("width", "is_tall"), [(120, False), (40, True)])
 def test_a_narrow_terminal_gets_a_column_for_each_run(width, is_tall):
     runs = [made_up(i, {"optim.max_lr": float(i)}, final_val_loss=1.5, mfu=0.25, gpu_hours=2.0) for i in "12"]
     page = io.StringIO()

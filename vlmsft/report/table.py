@@ -182,11 +182,15 @@ def best_cells(table: RunTable) -> set[tuple[int, str]]:
 def as_rich(table: RunTable, console: Console) -> RichTable:
     """The best values bold. Where it is wider than the console, each run gets a column instead of a row; what is wider
     still is folded."""
-    wide = _rich(table, transposed=False)
-    if console.measure(wide).maximum <= console.width:
-        return wide
-    tall = _rich(table, transposed=True)
-    return tall if console.measure(tall).maximum <= console.width else wide
+    wide, tall = _rich(table, transposed=False), _rich(table, transposed=True)
+    return tall if _width(wide, console) > console.width >= _width(tall, console) else wide
+
+
+def _width(made: RichTable, console: Console) -> int:
+    """Characters that it takes unfolded; a console's own measure ends at its width."""
+    from rich.measure import Measurement
+
+    return Measurement.get(console, console.options.update(max_width=1_000_000), made).maximum
 
 
 def _rich(table: RunTable, transposed: bool) -> RichTable:
