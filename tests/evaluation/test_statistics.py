@@ -30,7 +30,7 @@ def seeded(statistic, *data, paired=False):
         vectorized=True,
         n_resamples=999,
         method="percentile",
-        random_state=np.random.default_rng(3),
+        rng=np.random.default_rng(3),
     )
     return pytest.approx(tuple(found.confidence_interval), rel=1e-12)
 
@@ -40,7 +40,8 @@ def test_the_interval_of_a_mean_is_scipys():
     found = summarize(values(given), BOOTSTRAP)
     assert found.score == pytest.approx(given.mean())
     assert found.interval == seeded(np.mean, given)
-    assert found.interval is not None and found.interval[0] < found.score < found.interval[1]
+    assert found.score is not None and found.interval is not None
+    assert found.interval[0] < found.score < found.interval[1]
 
 
 def test_the_interval_of_a_difference_is_scipys_paired_one():

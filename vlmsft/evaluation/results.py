@@ -39,12 +39,14 @@ class Row:
 class Results:
     """rows: by task, metric, then model, the base first
     notes: what a reader must know of them
+    forced: what differs between models that force=true compares all the same
     """
 
     base: str
     models: tuple[str, ...]
     rows: tuple[Row, ...]
     notes: tuple[str, ...]
+    forced: tuple[str, ...]
 
 
 def write(folder: str | os.PathLike[str]) -> dict[str, Any]:
@@ -97,7 +99,7 @@ def gather(manifest: Mapping[str, Any], store: Store, bootstrap: Bootstrap = BOO
             if of_task == task:
                 values = {model: _values(by_model[model], expected[task]) for model in models if model in by_model}
                 rows += _rows(task, metric, values, base, bootstrap)
-    return Results(base, models, tuple(rows), tuple(_notes(manifest, base, bootstrap)))
+    return Results(base, models, tuple(rows), tuple(_notes(manifest, base, bootstrap)), tuple(_forced(manifest, base)))
 
 
 def _values(scores: Iterable[Score], expected: Iterable[tuple[str, int]]) -> dict[tuple[str, int], Value]:
@@ -147,7 +149,6 @@ def _notes(manifest: Mapping[str, Any], base: str, bootstrap: Bootstrap) -> Iter
     for name, facts in manifest["models"].items():
         for warning in numerics_warnings(facts["engine"], facts["engine_version"]):
             yield f"Warning: {name}: {warning}"
-    yield from _forced(manifest, base)
 
 
 def _times(number: int) -> str:
@@ -155,7 +156,6 @@ def _times(number: int) -> str:
 
 
 def _forced(manifest: Mapping[str, Any], base: str) -> Iterator[str]:
-    """What force=true let through."""
     theirs = manifests.of_model(dict(manifest), base)
     for name in manifest["models"]:
         ours = manifests.of_model(dict(manifest), name)

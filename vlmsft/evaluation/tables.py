@@ -111,7 +111,7 @@ def _shown_columns(lines: Sequence[Texts]) -> list[str]:
 
 
 def show(results: Results) -> None:
-    """The rows on the console, and the warnings."""
+    """The rows on the console, and what they should not have been made of."""
     lines = texts(results)
     columns = _shown_columns(lines)
     table = Table(box=None, pad_edge=False)
@@ -122,9 +122,8 @@ def show(results: Results) -> None:
         table.add_row(*(_styled(line, name, previous) for name in columns))
         previous = line
     console().print(table)
-    for note in results.notes:
-        if note.startswith("Warning"):
-            console().print(note, style="yellow", markup=False, highlight=False)
+    for note in results.forced:
+        console().print(note, style="yellow", markup=False, highlight=False)
 
 
 STYLES = {"better": "green", "worse": "red", "": ""}
@@ -181,7 +180,7 @@ def as_markdown(results: Results, id: str) -> str:
     lines = texts(results)
     names = _shown_columns(lines)
     details = [[_escaped(getattr(line, name)) for name in names] for line in lines]
-    notes = "\n".join(f"- {_escaped(note)}" for note in results.notes)
+    notes = "\n".join(f"- {_escaped(note)}" for note in (*results.notes, *results.forced))
     return "\n".join(
         [
             f"# Evaluation {id}",
@@ -233,5 +232,5 @@ def as_html(results: Results, id: str) -> str:
         names=_shown_columns(lines),
         headers=HEADERS,
         words=NAMES,
-        notes=results.notes,
+        notes=[*results.notes, *results.forced],
     )

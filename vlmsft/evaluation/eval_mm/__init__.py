@@ -43,7 +43,7 @@ from vlmsft.evaluation.eval_mm import bridge
 from vlmsft.evaluation.eval_mm.environment import environment_of, lock_digest
 from vlmsft.evaluation.eval_mm.metrics import JUDGED, METRICS, score_of, verdict_of
 from vlmsft.evaluation.judge import ask_judge
-from vlmsft.evaluation.runner import Counts, Endpoint, JudgeSettings, Settings, Task, judge_facts
+from vlmsft.evaluation.runner import Counts, Endpoint, Settings, Task, judge_facts
 from vlmsft.evaluation.store import Sample, Score, Store
 from vlmsft.evaluation.tasks import Question, fingerprint
 
@@ -146,15 +146,13 @@ Outcome = tuple[Any, str | None]
 
 def _outcomes(items: Sequence[tuple[Sample, str]], options: Options, settings: Settings) -> list[list[Outcome]]:
     """For each metric, of each (sample, answer)."""
-    if not items:
-        return [[] for _ in options.metrics]
-    with bridge.scorer(_python(settings), options.tasks_file) as scorer:
-        return [_metric_outcomes(metric, items, scorer, settings.judge) for metric in options.metrics]
+    return [_metric_outcomes(metric, items, options, settings) if items else [] for metric in options.metrics]
 
 
 def _metric_outcomes(
-    metric: str, items: Sequence[tuple[Sample, str]], scorer: bridge.Scorer, judge: JudgeSettings | None
+    metric: str, items: Sequence[tuple[Sample, str]], options: Options, settings: Settings
 ) -> list[Outcome]:
+    judge = settings.judge
     reasons: list[str | None] = []
 
     def replies(requests: list[list[dict[str, str]]]) -> list[str | None]:
@@ -164,14 +162,15 @@ def _metric_outcomes(
         reasons.extend(verdict.reply if verdict.error is None else verdict.error for verdict in verdicts)
         return [verdict.reply if verdict.error is None else None for verdict in verdicts]
 
-    asked = {
-        "metric": metric,
+    request = {
+        "scores": metric,
+        "tasks_file": options.tasks_file,
         "judge_model": judge.model if judge else None,
         "references": [_reference(sample) for sample, _ in items],
         "answers": [text for _, text in items],
         "fields": [sample.fields for sample, _ in items],
     }
-    found = scorer(asked, replies)
+    found = bridge.scores(_python(settings), request, replies)
     return list(zip(found, reasons or [None] * len(found), strict=True))
 
 

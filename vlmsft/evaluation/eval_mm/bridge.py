@@ -1,14 +1,18 @@
-"""Talks with driver.py in llm-jp-eval-mm's environment: lines of JSON over pipes. What it prints is kept for errors."""
+"""Talks with driver.py in llm-jp-eval-mm's environment: lines of JSON over pipes. What it prints is kept for errors.
+
+One driver serves a whole evaluation, for its imports take some ten seconds.
+"""
 
 from __future__ import annotations
 
+import atexit
 import json
+import os
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 from vlmsft.errors import Problem, UserError
 from vlmsft.runtime.environments import variables_for_another_python
@@ -21,7 +25,7 @@ DRIVER = Path(__file__).with_name("driver.py")
 SHOWN_LINES = 12
 
 OfRequests = Callable[[list[list[dict[str, str]]]], list[str | None]]
-Scorer = Callable[[dict[str, Any], OfRequests], list[Any]]
+"""Replies to a judge's requests; None where it failed."""
 
 
 def samples(
@@ -32,85 +36,109 @@ def samples(
     pictures: folder that gets the pictures' files
     limit: first so many questions; None = all
     """
-    arguments = ["samples", options.task, str(pictures)]
-    arguments += [] if limit is None else ["--limit", str(limit)]
-    arguments += ["--rotate-choices"] if options.rotate_choices else []
-    with (
-        console().status(f"llm-jp-eval-mm loads {options.task}"),
-        _driver(python, arguments, options.tasks_file) as run,
-    ):
-        found = []
-        for line in run.lines():
-            if "done" in line:
-                return found, line["done"]["versions"]
-            found.append(line["sample"])
-    raise AssertionError("the driver ends with a line, or an error")
+    request = {
+        "samples": options.task,
+        "tasks_file": options.tasks_file,
+        "limit": limit,
+        "rotate_choices": options.rotate_choices,
+        "pictures": str(pictures),
+    }
+    found: list[dict[str, Any]] = []
+    with console().status(f"llm-jp-eval-mm loads {options.task}"):
+        done = _converse(python, request, lambda line: found.append(line["sample"]))
+    return found, done["versions"]
 
 
-@contextmanager
-def scorer(python: Path, tasks_file: str | None) -> Iterator[Scorer]:
-    """A function of (asked, judge) that returns what llm-jp-eval-mm's scorer gives for each answer, None where the
-    judge gave None.
+def scores(python: Path, request: dict[str, Any], judge: OfRequests) -> list[Any]:
+    """What llm-jp-eval-mm's scorer gives for each answer; None where the judge gave None.
 
-    asked: metric, judge_model, references, answers, fields, see driver.py
-    judge: replies to its requests
+    request: scores (the metric), tasks_file, judge_model, references, answers, fields, see driver.py
     """
-    with _driver(python, ["scores"], tasks_file) as run:
-
-        def score(asked: dict[str, Any], judge: OfRequests) -> list[Any]:
-            run.send(asked)
-            for line in run.lines():
-                if "scores" in line:
-                    return line["scores"]
-                run.send({"replies": judge(line["judge"])})
-            raise AssertionError("the driver ends with a line, or an error")
-
-        yield score
+    return _converse(python, request, lambda line: {"replies": judge(line["judge"])})
 
 
-class _Run:
-    def __init__(self, process: subprocess.Popen[str], log: IO[str], what: str):
-        self._process, self._log, self._what = process, log, what
+def _converse(python: Path, request: dict[str, Any], answer: Callable[[dict[str, Any]], dict[str, Any] | None]) -> Any:
+    """What is done in the end. A driver whose conversation was broken off is not used again.
 
-    def send(self, line: dict[str, Any]) -> None:
-        assert self._process.stdin is not None
-        try:
-            self._process.stdin.write(json.dumps(line, ensure_ascii=False) + "\n")
-            self._process.stdin.flush()
-        except BrokenPipeError:
-            raise self._failed() from None
-
-    def lines(self) -> Iterator[dict[str, Any]]:
-        """Raises UserError with what the driver printed last where it ends without its last line."""
-        assert self._process.stdout is not None
-        for line in self._process.stdout:
-            yield json.loads(line)
-        raise self._failed()
-
-    def _failed(self) -> UserError:
-        code = self._process.wait()
-        self._log.seek(0)
-        said = "\n".join(f"    {line.rstrip()}" for line in self._log.readlines()[-SHOWN_LINES:])
-        found = f"an end with {code}. It said:\n{said}\n   "
-        return UserError(Problem(f"llm-jp-eval-mm, {self._what}", found, "its result"))
+    answer: what is to be said to a line, None for nothing
+    """
+    driver = _driver(python)
+    what = str(request.get("samples") or request.get("scores"))
+    try:
+        driver.send(request)
+        for line in driver.lines():
+            if "done" in line:
+                return line["done"]
+            if "error" in line:
+                raise _failure(what, "an error", line["error"])
+            reply = answer(line)
+            if reply is not None:
+                driver.send(reply)
+        raise _failure(what, f"an end with {driver.code()}", driver.said())
+    except BaseException:
+        driver.end()
+        raise
 
 
-@contextmanager
-def _driver(python: Path, arguments: list[str], tasks_file: str | None) -> Iterator[_Run]:
-    """The running driver; it is ended with the block."""
-    own = [] if tasks_file is None else ["--tasks", tasks_file]
-    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as log:
-        process = subprocess.Popen(
-            [str(python), "-P", str(DRIVER), *arguments, *own],  # -P: modules beside the driver are not for it
+def _failure(what: str, found: str, said: str) -> UserError:
+    """With the last lines of what it said."""
+    block = "\n".join(f"    {line}" for line in said.rstrip().splitlines()[-SHOWN_LINES:])
+    return UserError(Problem(f"llm-jp-eval-mm, {what}", f"{found}:\n{block}\n   ", "its result"))
+
+
+# --- the process ------------------------------------------------------------------------------------------------------
+
+_running: dict[tuple[Path, str], _Driver] = {}
+
+
+class _Driver:
+    def __init__(self, python: Path):
+        self._log = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115
+        self._process = subprocess.Popen(
+            [str(python), "-P", str(DRIVER)],  # -P: modules beside the driver are not for it
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=log,
-            text=True,
+            stderr=self._log,
             encoding="utf-8",
             env=variables_for_another_python(),
         )
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._stdin, self._stdout = self._process.stdin, self._process.stdout
+        atexit.register(self.end)
+
+    @property
+    def is_usable(self) -> bool:
+        return self._process.poll() is None
+
+    def send(self, line: dict[str, Any]) -> None:
         try:
-            yield _Run(process, log, " ".join(arguments[:2]))
-        finally:
-            process.kill()
-            process.communicate()
+            self._stdin.write(json.dumps(line) + "\n")
+            self._stdin.flush()
+        except BrokenPipeError:
+            pass  # it has ended: `lines` ends too
+
+    def lines(self) -> Iterator[dict[str, Any]]:
+        for line in self._stdout:
+            yield json.loads(line)
+
+    def code(self) -> int:
+        return self._process.wait()
+
+    def said(self) -> str:
+        self._log.seek(0)
+        return self._log.read()
+
+    def end(self) -> None:
+        self._process.kill()
+        self._process.wait()
+        self._stdout.close()
+        self._log.close()
+        atexit.unregister(self.end)
+
+
+def _driver(python: Path) -> _Driver:
+    """The one that works in this folder: jic-vqa's data lie there."""
+    key = (python, os.getcwd())
+    if key not in _running or not _running[key].is_usable:
+        _running[key] = _Driver(python)
+    return _running[key]

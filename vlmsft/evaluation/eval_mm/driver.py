@@ -1,23 +1,19 @@
-"""Run by llm-jp-eval-mm's own Python: it hands out a task's questions, and scores answers. Imports nothing of vlmsft's.
+"""Run by llm-jp-eval-mm's own Python: it hands out tasks' questions, and scores answers. Imports nothing of vlmsft's.
 
-    driver.py samples <task id> <folder for pictures> [--tasks FILE] [--limit N] [--rotate-choices]
-    driver.py scores [--tasks FILE]
+A line of JSON comes on stdin, lines of JSON go to stdout, until stdin ends; what libraries print goes to stderr.
 
-Lines of JSON go to stdout, and come from stdin; what libraries print goes to stderr. `samples` writes
-{"sample": {...}} for each question, then {"done": {"versions": {...}}}. `scores` reads lines
+    {"samples": task id, "tasks_file": ..., "limit": ..., "rotate_choices": ..., "pictures": folder}
+        gives {"sample": {...}} for each question, then {"done": {"versions": {...}}}
+    {"scores": metric, "tasks_file": ..., "judge_model": ..., "references": [...], "answers": [...], "fields": [...]}
+        gives {"judge": [messages, ...]} whenever the scorer wants replies, reads {"replies": [text or null, ...]}, and
+        at last gives {"done": [...]}: what the scorer gave for each answer, null where a reply was null
 
-    {"metric": ..., "judge_model": ..., "references": [...], "answers": [...], "fields": [...]}
-
-for each writes {"judge": [messages, ...]} whenever the scorer wants replies, reads {"replies": [text or null, ...]},
-and at last writes {"scores": [...]}: what the scorer gave for each answer, null where a reply was null.
-
-`--tasks FILE` is a Python file with TASKS = {id: class} and, if it likes, SCORERS = {metric: class}, of eval_mm's
-classes Task and Scorer.
+Either may give {"error": text} instead. `tasks_file` is null, or a Python file with TASKS = {id: class} and, if it
+likes, SCORERS = {metric: class}, of eval_mm's classes Task and Scorer.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import hashlib
 import importlib.metadata
@@ -25,6 +21,8 @@ import json
 import os
 import runpy
 import sys
+import traceback
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,38 +31,28 @@ PICTURE_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")
 
 
 def main() -> None:
-    arguments = parse()
     out = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # llm-as-a-judge prints every reply, datasets draws bars
 
     def write(line: dict[str, Any]) -> None:
-        out.write(json.dumps(line, ensure_ascii=False) + "\n")
+        out.write(json.dumps(line) + "\n")
         out.flush()
 
-    if arguments.command == "samples":
-        for sample in samples(arguments):
-            write({"sample": sample})
-        write({"done": {"versions": versions()}})
-    else:
-        while line := sys.stdin.readline():
-            write({"scores": scores(json.loads(line), arguments.tasks, write)})
+    while line := sys.stdin.readline():
+        request = json.loads(line)
+        try:
+            if "samples" in request:
+                for sample in samples(request):
+                    write({"sample": sample})
+                write({"done": {"versions": versions()}})
+            else:
+                write({"done": scores(request, write)})
+        except Exception:  # whatever a task's or a scorer's code raises
+            write({"error": traceback.format_exc(limit=-3)})
 
 
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser()
-    commands = parser.add_subparsers(dest="command", required=True)
-    asking = commands.add_parser("samples")
-    asking.add_argument("task")
-    asking.add_argument("pictures", type=Path)
-    asking.add_argument("--limit", type=int)
-    asking.add_argument("--rotate-choices", action="store_true")
-    for command in (asking, commands.add_parser("scores")):
-        command.add_argument("--tasks", type=Path)
-    return parser.parse_args()
-
-
-def own(tasks: Path | None, name: str) -> dict[str, Any]:
-    return {} if tasks is None else runpy.run_path(str(tasks)).get(name, {})
+def own(request: dict[str, Any], name: str) -> dict[str, Any]:
+    return {} if request["tasks_file"] is None else runpy.run_path(request["tasks_file"]).get(name, {})
 
 
 def versions() -> dict[str, str]:
@@ -74,18 +62,16 @@ def versions() -> dict[str, str]:
 # --- questions --------------------------------------------------------------------------------------------------------
 
 
-def samples(arguments: argparse.Namespace):
+def samples(request: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Not max_dataset_len: the task would fail where it has fewer."""
     from eval_mm import TaskConfig, TaskRegistry  # pyright: ignore[reportAttributeAccessIssue]
 
-    config = TaskConfig(rotate_choices=arguments.rotate_choices)
-    classes = own(arguments.tasks, "TASKS")
-    if arguments.task in classes:
-        task = classes[arguments.task](config)
-    else:
-        task = TaskRegistry.load_task(arguments.task, config)
-    number = len(task.dataset) if arguments.limit is None else min(arguments.limit, len(task.dataset))
-    arguments.pictures.mkdir(parents=True, exist_ok=True)
+    name, pictures, limit = request["samples"], Path(request["pictures"]), request["limit"]
+    config = TaskConfig(rotate_choices=request["rotate_choices"])
+    classes = own(request, "TASKS")
+    task = classes[name](config) if name in classes else TaskRegistry.load_task(name, config)
+    number = len(task.dataset) if limit is None else min(limit, len(task.dataset))
+    pictures.mkdir(parents=True, exist_ok=True)
     for index in range(number):
         doc = task.dataset[index]
         answer = task.doc_to_answer(doc)
@@ -95,7 +81,7 @@ def samples(arguments: argparse.Namespace):
             "id": str(task.doc_to_id(doc)),
             "prompt": prompt,
             "references": [str(each) for each in (answer if isinstance(answer, list) else [answer])],
-            "images": [kept(picture, arguments.pictures) for picture in task.doc_to_visual(doc) or []],
+            "images": [kept(picture, pictures) for picture in task.doc_to_visual(doc) or []],
             "fields": {"input_text": prompt, **fields},  # llm-as-a-judge reads it
         }
 
@@ -146,20 +132,19 @@ class Judge:
         return ["" if reply is None else reply for reply in replies]
 
 
-def scores(asked: dict[str, Any], tasks: Path | None, write: Any) -> list[Any]:
-    """One of a reply's failures per answer: the scorers ask once for each answer, in order, in a single batch."""
+def scores(request: dict[str, Any], write: Any) -> list[Any]:
+    """Scorers that judge ask once for each answer, in order, in a single batch: a reply's failure is its answer's."""
     from eval_mm import ScorerConfig, ScorerRegistry  # pyright: ignore[reportAttributeAccessIssue]
 
     judge = Judge(write)
-    answers, references = asked["answers"], asked["references"]
+    answers, references = request["answers"], request["references"]
     config = ScorerConfig(
-        docs=Docs(asked["fields"]),
-        judge_model=asked["judge_model"],
+        docs=Docs(request["fields"]),
+        judge_model=request["judge_model"],
         client=judge,
         batch_size=max(1, len(answers)),
     )
-    classes = own(tasks, "SCORERS")
-    metric = asked["metric"]
+    classes, metric = own(request, "SCORERS"), request["scores"]
     scorer = classes[metric](config) if metric in classes else ScorerRegistry.load_scorer(metric, config)
     with contextlib.redirect_stdout(sys.stderr):
         found = scorer.score(references, answers)
