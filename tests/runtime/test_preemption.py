@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from pathlib import Path
 
 import lightning.pytorch as pl
 import pytest
@@ -45,17 +44,6 @@ def test_a_checkpoint_of_the_step_that_was_done(toy_trainer, tmp_path, noted):
     assert trainer.global_step == saved["global_step"] == 3
     assert noted == [signal.SIGTERM], "who started the training hears of it, too"
     assert signal.getsignal(signal.SIGTERM) is ours
-
-
-def test_it_saves_no_step_twice(toy_trainer, tmp_path, noted):
-    checkpoint = pl.callbacks.ModelCheckpoint(tmp_path, save_last=True, every_n_train_steps=1)
-    saves = []
-    trainer = toy_trainer(TermAt(2), Preemption(), checkpoint, enable_checkpointing=True, max_steps=8)
-    trainer.save_checkpoint = lambda path, *_: saves.append((trainer.global_step, Path(path).name))  # type: ignore[method-assign]
-    checkpoint._last_global_step_saved = 3
-    with pytest.raises(SystemExit):
-        trainer.fit(ToyModel(), ToyData())
-    assert not [step for step, _ in saves if step == 3]
 
 
 def test_without_a_signal_nothing_changes(toy_trainer, noted):

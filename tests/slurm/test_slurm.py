@@ -134,12 +134,12 @@ def ledger_of(launchpad: Launchpad) -> Ledger:
 def _lose_two_jobs(launchpad: Launchpad) -> None:
     """Of the two jobs that run first, one node each: one is preempted, the other gets scancel."""
     folder = launchpad.folder / "runs" / "sweeps" / "lost"
-    until((folder / "ledger.sqlite").exists, 200, "the ledger")
+    until((folder / "ledger.sqlite").exists, 600, "the ledger")
 
     def training() -> list:
         return [row for row in ledger_of(launchpad).jobs() if len(steps(Path(row.run_dir))) >= 2]
 
-    rows = until(lambda: len(training()) >= 2 and training(), 200, "two jobs that train")
+    rows = until(lambda: len(training()) >= 2 and training(), 600, "two jobs that train")
     preempted, cancelled = rows[:2]  # type: ignore[index]
     node = launchpad.cluster.run("squeue", "-h", "-j", number_of(preempted), "-o", "%N").strip()
     urgent = ["sbatch", "--parsable", "-p", "urgent", "-A", "test", "-w", node, "--exclusive", "-o", "/dev/null"]

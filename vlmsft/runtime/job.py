@@ -44,8 +44,8 @@ from vlmsft.runtime.logging import console, log_path, quiet, rank_from_environme
 FAILED_EXIT_CODE = 1
 CANCELLED_EXIT_CODE = 128 + signal.SIGTERM
 HOME = "nemo-run"
-"""NeMo-Run's files, in a run folder. Not nemo_run: in scripts for Slurm without a container it takes any /nemo_run for its
-own mount, and writes another path there."""
+"""NeMo-Run's files, in a run folder. Not nemo_run: in scripts for Slurm without a container it takes any /nemo_run for
+its own mount, and writes another path there."""
 RECIPE_FILE = "recipe.json"
 """The frozen recipe in a run folder, as NeMo-Run's ZlibJSONSerializer writes it."""
 FAILURE_FILE = "failure.json"

@@ -59,11 +59,7 @@ class Preemption(pl.Callback):
             return
         logger.info("SIGTERM: saving a checkpoint after step %d, then stopping", trainer.global_step)
         checkpoint: Any = trainer.checkpoint_callback
-        if (
-            checkpoint is not None
-            and checkpoint.save_last
-            and checkpoint._last_global_step_saved != trainer.global_step
-        ):
+        if checkpoint is not None:
             checkpoint._save_last_checkpoint(trainer, checkpoint._monitor_candidates(trainer))
         finalize = getattr(trainer.strategy.checkpoint_io, "maybe_finalize_save_checkpoint", None)
         if finalize is not None:  # NeMo's asynchronous saves
