@@ -31,19 +31,20 @@ def check(folder: Path, dtype: str, processor: str | None) -> Found:
 
     folder: a Hugging Face model's or a checkpoint; dtype: "auto" = as stored; processor: None = the folder's own
     """
-    read = _hf if (folder / "config.json").is_file() else _checkpoint
+    is_hf = (folder / "config.json").is_file()
+    own = processor or (str(folder) if is_hf else None)
     problems: list[Problem] = []
     found = None
     try:
-        found = read(folder)
+        found = _hf(folder) if is_hf else _checkpoint(folder)
+        own = own or found.processor
     except UserError as error:
         problems += error.problems
     try:
-        own = processor or (str(folder) if found is None else found.processor)
-        encoder = SampleEncoder(own, NO_LIMIT)
-        if found is not None and encoder.image_token_id != found.vocab_size:
+        image_token = SampleEncoder(own, NO_LIMIT).image_token_id if own else None
+        if found is not None and image_token != found.vocab_size:
             expected = f"image token {found.vocab_size}, the first after the model's text tokens"
-            problems.append(Problem(own, f"a processor whose image token is {encoder.image_token_id}", expected))
+            problems.append(Problem(str(own), f"a processor whose image token is {image_token}", expected))
     except UserError as error:
         problems += error.problems
     if problems:

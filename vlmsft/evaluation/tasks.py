@@ -100,10 +100,10 @@ def read_task(path: Path, defaults: Mapping[str, Any], scorers: Mapping[str, Any
     if problems:
         raise UserError(problems)
     try:
-        values = OmegaConf.to_container(OmegaConf.merge(OmegaConf.create(dict(defaults)), own), resolve=True)
+        values = OmegaConf.to_container(own, resolve=True)
     except OmegaConfBaseException as error:
         raise UserError(Problem(str(path), f"what can't be resolved ({error})", "a task")) from None
-    config = cast(dict[str, Any], values)
+    config = {**defaults, **cast(dict[str, Any], values)}
     config["scorers"] = _scorers(config["scorers"], scorers, path)
     for key in ("data", "image_folder"):
         config[key] = _beside(config[key], path, is_file=key == "data")
