@@ -123,6 +123,7 @@ def test_what_is_malformed_stops_a_sweep(monkeypatch, capfd, tmp_path):
     with pytest.raises(SystemExit) as end:
         main()
     assert end.value.code == 2
-    message = capfd.readouterr().err
+    out, message = capfd.readouterr()
+    assert "0 of 2 jobs can run" in out
     assert "job 0 (optim.min_lr=9): optim.min_lr" in message and "seed: found -1" in message
     assert list(tmp_path.iterdir()) == []

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 import tempfile
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
@@ -55,9 +56,10 @@ def plan_of_sweep(cfg: DictConfig) -> None:
     from vlmsft.planning import plan_job
     from vlmsft.runtime.logging import quiet
 
-    _jobs.append(plan_job(cfg, cfg.sweep.varies or ""))
+    job = plan_job(cfg, cfg.sweep.varies or "")
     with tempfile.TemporaryDirectory() as scratch, quiet(scratch):
         problems = malformed(cfg)
+    _jobs.append(replace(job, problems=[*problems, *job.problems]))
     if problems:
         raise UserError(problems)
 

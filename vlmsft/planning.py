@@ -44,7 +44,7 @@ class JobPlan:
     """A job of a sweep.
 
     varies: its overrides that not all jobs have
-    problems: why it can't run, though its config is well formed
+    problems: why it can't run
     memory_gib: of each GPU; None on the CPU, or where the config leaves it open
     seconds: of all its steps, without validation, checkpoints and start; None where speed or sizes are not known
     num_gpus: 0 on the CPU
