@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from vlmsft.sweeping.report import reporting
@@ -57,7 +58,7 @@ def job(run_dir: str) -> None:
 
 def launch(folder: str, max_parallel: str = "8") -> None:
     from vlmsft.sweeping.ledger import Ledger
-    from vlmsft.sweeping.schedule import Interrupted, Options, Watcher, run_jobs
+    from vlmsft.sweeping.schedule import Interrupted, Watcher, read_options, run_jobs
 
     class Says(Watcher):
         def job(self, row):
@@ -65,7 +66,8 @@ def launch(folder: str, max_parallel: str = "8") -> None:
 
     ledger = Ledger(folder)
     try:
-        run_jobs(ledger, [row.num for row in ledger.jobs()], Options(int(max_parallel)), Says())
+        options = replace(read_options(ledger), max_parallel=int(max_parallel))
+        run_jobs(ledger, [row.num for row in ledger.jobs()], options, Says())
     except Interrupted as interrupted:
         sys.exit(128 + interrupted.number)
 
