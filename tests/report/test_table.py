@@ -22,7 +22,7 @@ def order(runs, sort):
 def test_only_what_differs_of_a_real_sweep(tmp_path):
     """Their folders, ids and all that is made of them differ as well."""
     runs = [read_run(folder) for folder in sweep(tmp_path)]
-    assert config_columns(runs) == ["strategy.tensor_model_parallel_size", "optim.max_lr"]
+    assert config_columns(runs) == ["optim.max_lr", "strategy.tensor_model_parallel_size"]
     assert config_columns(runs[:2]) == ["strategy.tensor_model_parallel_size"]
     assert config_columns(runs[:1]) == config_columns([]) == []
 

@@ -1,7 +1,8 @@
 """A stand-in for W&B's server on this machine: it keeps what the real client sends, and answers what it asks.
 
 It knows the requests that `wandb sync`, `wandb.init` and `wandb.Api` make of a run, and of its history's lines each at
-the offset that the client names: a client that sends a line twice, or over another, shows here. Artifacts are refused.
+the offset that the client names: a client that sends a line twice, or over another, shows here. Artifacts are taken
+without their files.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ class StoredRun:
 
 
 class Server(ThreadingHTTPServer):
-    """runs: by id, in the order in which they came; requests: what was asked, by name; overwritten: lines sent twice"""
+    """runs: by id, in the order in which they came; requests: what was asked, by name; unknown: what it has no answer
+    to; overwritten: lines sent twice; artifacts: type/name of each"""
 
     daemon_threads = True
 
@@ -46,6 +48,7 @@ class Server(ThreadingHTTPServer):
         self.requests: list[str] = []
         self.unknown: list[str] = []
         self.overwritten: list[str] = []
+        self.artifacts: list[str] = []
         self.refuses_key = False
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
@@ -60,6 +63,8 @@ class Server(ThreadingHTTPServer):
             "upsertBucket": self.upsert,
             "RunResumeStatus": self.resume_status,
             "createRunFiles": self.create_files,
+            "createArtifact(": self.create_artifact,
+            "useArtifact(": lambda _: {"useArtifact": {"artifact": {"id": "A"}}},
             "viewer": self.viewer,
             "serverInfo": lambda _: {"serverInfo": {"features": []}},
             "query Runs(": self.list_runs,
@@ -126,6 +131,13 @@ class Server(ThreadingHTTPServer):
     def create_files(self, variables: dict[str, Any]) -> dict[str, Any]:
         files = [{"name": name, "uploadUrl": f"{self.url}/upload/{name}"} for name in variables["files"]]
         return {"createRunFiles": {"runID": variables["run"], "uploadHeaders": [], "files": files}}
+
+    def create_artifact(self, variables: dict[str, Any]) -> dict[str, Any]:
+        """As if its files were there already: the client then uploads none."""
+        wanted = variables["input"]
+        self.artifacts.append(f"{wanted['artifactTypeName']}/{wanted['artifactCollectionName']}")
+        artifact = {"id": "A", "state": "COMMITTED", "artifactSequence": {"id": "S", "latestArtifact": {"id": "A"}}}
+        return {"createArtifact": {"artifact": artifact}}
 
     def list_runs(self, variables: dict[str, Any]) -> dict[str, Any]:
         group = (json.loads(variables["filters"]) or {}).get("group")

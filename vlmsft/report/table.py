@@ -57,16 +57,15 @@ def run_table(runs: Sequence[RunRecord], sort: str | None = None) -> RunTable:
 
 
 def config_columns(runs: Sequence[RunRecord]) -> list[str]:
-    """The keys that differ, without NOISE; of keys with the same last name and the same values the one with the fewest
-    parts: `seed` stands for `data.seed`, which interpolates it."""
+    """The keys that differ, without NOISE, by name: W&B keeps no order. Of keys with the same last name and the same
+    values the one with the fewest parts: `seed` stands for `data.seed`, which interpolates it."""
     chosen: dict[tuple[str, ...], str] = {}
     for key in sorted(differing_keys(runs), key=lambda key: key.count(".")):
         if any(key == noise or key.startswith(f"{noise}.") for noise in NOISE):
             continue
         values = tuple(_text(run.config[key]) if key in run.config else "" for run in runs)
         chosen.setdefault((key.rpartition(".")[2], *values), key)
-    kept = set(chosen.values())
-    return [key for key in differing_keys(runs) if key in kept]
+    return sorted(chosen.values())
 
 
 def metric_columns(runs: Sequence[RunRecord]) -> list[str]:

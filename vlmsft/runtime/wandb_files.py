@@ -47,8 +47,10 @@ class WandbLog:
 
 
 def log_files(folder: Path) -> list[Path]:
-    """Every *.wandb file in a folder of W&B's, in the order of the starts; W&B has the time in its folders' names."""
-    return sorted(folder.rglob("*.wandb"), key=lambda path: (path.parent.name.removeprefix("offline-"), path.name))
+    """Every start's *.wandb file in a folder of W&B's, or above some, in the order of the starts: W&B's folders have
+    their time in their names. Its link latest-run, which a copy may have made a folder, is none of them."""
+    files = [path for path in folder.rglob("*.wandb") if path.parent.name.startswith(("run-", "offline-run-"))]
+    return sorted(files, key=lambda path: (path.parent.name.removeprefix("offline-"), path.name))
 
 
 def read_log(path: Path) -> WandbLog:
