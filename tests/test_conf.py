@@ -56,6 +56,9 @@ def test_command_of_header_composes(path, name, arguments):
 def test_a_command_of_the_header_chooses_its_file(path):
     """Else the test above would pass with a file that nobody can read."""
     chosen = [compose_command(name, arguments, with_hydra=True) for name, arguments in commands_in(path.read_text())]
+    if path.parent.name == "task":  # no group that is composed: evaluate reads tasks, several of them, by name
+        assert any(path.stem in cfg.tasks for cfg in chosen)
+        return
     groups = {"experiment": f"experiment/{path.parent.name}@data", "hydra": f"hydra/{path.parent.name}"}
     group = groups.get(path.parent.parent.name, path.parent.name)
     assert path.stem in [str(cfg.hydra.runtime.choices[group]) for cfg in chosen if group in cfg.hydra.runtime.choices]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -36,6 +37,7 @@ RULES = {
 
 @command("evaluate")
 def main(cfg: DictConfig) -> None:
+    warnings.filterwarnings("ignore", "The pynvml package is deprecated", FutureWarning)  # torch's, at import
     if multirun_job() is not None:
         raise UserError(Problem("-m", "a multirun", "one evaluation of all models", "models=[one,other]"))
     missing = [key for key in ("models", "tasks") if OmegaConf.is_missing(cfg, key)]
