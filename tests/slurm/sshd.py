@@ -17,6 +17,7 @@ class SshServer:
     def __init__(self, folder: Path, environment: dict[str, str]):
         self.folder, self.port, self.user = folder, free_port(), getpass.getuser()
         self.identity = folder / "user_key"
+        self.client_folder = folder / "bin"  # for PATH: an ssh that knows this host, whatever is in ~/.ssh
         self._environment = environment
         self._process: subprocess.Popen | None = None
 
@@ -40,6 +41,7 @@ class SshServer:
         }
         config = self.folder / "sshd_config"
         config.write_text("".join(f"{name} {value}\n" for name, value in options.items()))
+        self._write_client()
         Path("/run/sshd").mkdir(exist_ok=True)  # sshd insists on its empty folder
         sshd = shutil.which("sshd", path=SYSTEM_PATH)
         assert sshd is not None
@@ -52,6 +54,16 @@ class SshServer:
         if self._process is not None:
             self._process.terminate()
             self._process.wait()
+
+    def _write_client(self) -> None:
+        host_key = (self.folder / "host_key.pub").read_text()
+        (self.folder / "known_hosts").write_text(f"[127.0.0.1]:{self.port} {host_key}")
+        self.client_folder.mkdir()
+        client = self.client_folder / "ssh"
+        client.write_text(
+            f'#!/bin/sh\nexec {shutil.which("ssh")} -o UserKnownHostsFile={self.folder}/known_hosts "$@"\n'
+        )
+        client.chmod(0o700)
 
     def _wait(self) -> None:
         deadline = time.monotonic() + 20

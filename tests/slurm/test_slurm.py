@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from cluster import free_port
 from conftest import ON_THIS_CLUSTER, SENTINELS, TINY, Launchpad
 from launch_cases import files_with, made_job
 from sshd import SshServer
@@ -45,7 +46,8 @@ def steps(run_dir: Path) -> list[int]:
 
 def test_a_run_on_two_nodes(launchpad):
     """DP=2 over gloo below torchrun, followed to its end; what it leaves holds no token."""
-    overrides = ["trainer.num_nodes=2", "launch.executor.launcher=torchrun", "trainer.max_steps=2"]
+    torchrun = f"{{_target_:nemo_run.Torchrun,rdzv_port:{free_port()}}}"
+    overrides = ["trainer.num_nodes=2", f"launch.executor.launcher={torchrun}", "trainer.max_steps=2"]
     single = ["launch=slurm", "launch.follow=true", "id=two", "trainer.val_check_interval=2"]
     code, output = launchpad.run("train", *TINY, *ON_THIS_CLUSTER, *overrides, *single)
     run_dir = launchpad.folder / "runs" / "demo" / "two"
@@ -82,8 +84,9 @@ def test_a_failed_job_is_explained(launch_here: Launchpad, function, code, said,
     assert launch_here.cluster.wait_for(number, "FAILED", "COMPLETED")[0] == "FAILED"
 
 
-def test_through_ssh(launch_here: Launchpad, tmp_path, capfd):
+def test_through_ssh(launch_here: Launchpad, tmp_path, monkeypatch, capfd):
     with SshServer(tmp_path / "ssh", launch_here.cluster.environment) as server:
+        monkeypatch.setenv("PATH", f"{server.client_folder}:{os.environ['PATH']}")
         tunnel = [
             "launch.executor.tunnel.host=127.0.0.1",
             f"launch.executor.tunnel.port={server.port}",
