@@ -4,15 +4,29 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 from evaluation_toys import scripted
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
+from vlmsft.config_files import root
 from vlmsft.errors import UserError
+from vlmsft.evaluation import models as models_module
 from vlmsft.evaluation.engines import numerics_warnings, probe
-from vlmsft.evaluation.models import Serve, content_fingerprint, describe, read_models, serve_command
+from vlmsft.evaluation.models import (
+    Model,
+    Serve,
+    content_fingerprint,
+    describe,
+    read_models,
+    serve_command,
+    serving,
+)
 
 SERVE = Serve("auto", "auto", None, 16, 5)
 
@@ -147,3 +161,76 @@ def test_the_servers_command_line_is_hydras(here):
     values = {override.key_or_group: override.value() for override in parsed}
     assert str(values["checkpoint"]) == str(model.place)
     assert str(values["engine.processor"]) == "it's here" and values["max_num_seqs"] == 4 and values["port"] == 0
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
+def wait_until_dead(pid: int) -> None:
+    end = time.monotonic() + 20
+    while is_alive(pid):
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+@pytest.fixture
+def server_program(monkeypatch):
+    """What runs in place of vlmsft.serve."""
+
+    def server_program(program):
+        monkeypatch.setattr(models_module, "serve_command", lambda *_: [sys.executable, "-uc", program])
+
+    return server_program
+
+
+def test_a_local_server_lives_as_long_as_it_is_used(tmp_path, server_program):
+    program = "import os, time; print(os.getpid()); print('tiny at http://127.0.0.1:9/v1'); time.sleep(60)"
+    server_program(program)
+    log = tmp_path / "logs" / "tiny.log"
+    log.parent.mkdir()
+    log.write_text("of an earlier start: x at http://127.0.0.1:1/v1\n")
+    with serving(Model("tiny", "tiny", tmp_path), {}, SERVE, 3, log) as endpoint:
+        assert (endpoint.base_url, endpoint.model, endpoint.concurrency) == ("http://127.0.0.1:9/v1", "tiny", 3)
+        pid = int(log.read_text().splitlines()[1])
+        assert is_alive(pid)
+    assert not is_alive(pid)
+
+
+def test_a_server_that_does_not_start_is_told_with_its_last_words(tmp_path, server_program):
+    server_program("import sys; print('1 problem; nothing was started:'); print('  device: found 9'); sys.exit(2)")
+    model = Model("tiny", "tiny", tmp_path)
+    said = pytest.raises(UserError, match=r"a server that ended: 1 problem.*device: found 9")
+    with said as error, serving(model, {}, SERVE, 3, tmp_path / "tiny.log"):
+        pass
+    assert "tiny.log" in str(error.value)
+
+
+def test_a_killed_evaluation_leaves_no_server(tmp_path):
+    """kill -9 of the parent: else a server would stay on the GPU."""
+    program = (
+        "import sys\n"
+        "from pathlib import Path\n"
+        "from vlmsft.evaluation import models\n"
+        "from vlmsft.evaluation.models import Model, Serve, serving\n"
+        "child = \"import os, time; print(os.getpid(), 'at http://127.0.0.1:9/v1'); time.sleep(60)\"\n"
+        "models.serve_command = lambda *_: [sys.executable, '-uc', child]\n"
+        "with serving(Model('m', 'm', Path('.')), {}, Serve('cpu', 'auto', None, 1, 1), 1, Path('log')):\n"
+        "    print(Path('log').read_text().split()[0], flush=True)\n"
+        "    import time; time.sleep(60)\n"
+    )
+    parent = subprocess.Popen(
+        [sys.executable, "-c", program],
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(root())},
+    )
+    pid = int(parent.stdout.readline())
+    assert is_alive(pid)
+    parent.send_signal(signal.SIGKILL)
+    parent.wait()
+    wait_until_dead(pid)
