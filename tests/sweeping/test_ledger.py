@@ -141,7 +141,7 @@ def test_sweeps_are_found_by_the_beginning_of_their_id(tmp_path):
         find_sweep(root, "ab")
     with pytest.raises(UserError, match="Did you mean 'abc1'"):
         find_sweep(root, "abd1")
-    with pytest.raises(UserError, match="ledger.sqlite"):
+    with pytest.raises(UserError, match="a folder with a ledger"):
         Ledger(root / "none")
 
 

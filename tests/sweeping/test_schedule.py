@@ -168,9 +168,9 @@ def test_cancel_by_another_process(toys):
 
 def test_a_sweep_has_one_launcher(toys):
     sweep = toys([{}])
-    with only_launcher(sweep.folder), pytest.raises(UserError, match=f"process {os.getpid()} on"):
-        with only_launcher(sweep.folder):
-            pass
+    busy = pytest.raises(UserError, match=f"process {os.getpid()} on")
+    with only_launcher(sweep.folder), busy, only_launcher(sweep.folder):
+        pass
     assert sweep.finish() == 0 and read_options(sweep.ledger).on_failure == "continue"
 
 

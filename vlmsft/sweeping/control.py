@@ -9,7 +9,7 @@ from vlmsft.runtime.logging import quiet
 from vlmsft.sweeping import local
 from vlmsft.sweeping.ledger import JobRow, Ledger, ended
 from vlmsft.sweeping.report import is_locked
-from vlmsft.sweeping.schedule import settle
+from vlmsft.sweeping.schedule import remote_end, settle, write_end
 
 
 def refresh(ledger: Ledger) -> None:
@@ -22,10 +22,11 @@ def refresh(ledger: Ledger) -> None:
     with quiet(ledger.folder):
         states = Submitted(ledger.folder).states(rows)
     for row in rows:
-        kind, code = states.get(row.num, ("running", None))
-        if kind != "running":
-            now = ended(row, code if kind == "ended" else 143)
-            ledger.move(row.num, now.state, ["running"], reason=now.reason, exit_code=now.exit_code, ended=now.ended)
+        kind, code, word = states.get(row.num, ("running", None, ""))
+        if kind == "ended":
+            write_end(ledger, row, remote_end(row, code, word))
+        elif kind != "running":
+            write_end(ledger, row, ended(row, 143))
 
 
 def cancel_jobs(ledger: Ledger, rows: Sequence[JobRow]) -> list[JobRow]:

@@ -151,9 +151,10 @@ class Submitted:
         self._executors: dict[str, Executor] = {}
         self._runner: Any = None
 
-    def states(self, rows: Sequence[JobRow]) -> dict[int, tuple[str, int | None]]:
-        """{num: ('running' | 'again' | 'interrupted' | 'ended', exit code)}; a job nobody can tell of is left out."""
-        found: dict[int, tuple[str, int | None]] = {}
+    def states(self, rows: Sequence[JobRow]) -> dict[int, tuple[str, int | None, str]]:
+        """{num: ('running' | 'again' | 'interrupted' | 'ended', exit code, the executor's word)}; a job nobody can tell of
+        is left out."""
+        found: dict[int, tuple[str, int | None, str]] = {}
         on_slurm: dict[str, list[JobRow]] = {}
         for row in rows:
             if isinstance(self._executor(row), SlurmExecutor):
@@ -165,7 +166,7 @@ class Submitted:
             for row in group:
                 if app_id(row.handle or "") in said:
                     state, code = said[app_id(row.handle or "")]
-                    found[row.num] = (_kind(state), code)
+                    found[row.num] = (_kind(state), code, state)
         return found
 
     def cancel(self, rows: Sequence[JobRow]) -> None:
@@ -199,15 +200,16 @@ class Submitted:
             self._runner = get_runner()
         return self._runner
 
-    def _state_elsewhere(self, row: JobRow) -> dict[int, tuple[str, int | None]]:
+    def _state_elsewhere(self, row: JobRow) -> dict[int, tuple[str, int | None, str]]:
         status = self._nemo_runner().status(row.handle)
         if status is None or status.state == AppState.UNKNOWN:
             return {}
+        kind, code = "ended", int(status.state != AppState.SUCCEEDED)
         if not is_terminal(status.state):
-            return {row.num: ("running", None)}
-        if status.state == AppState.CANCELLED:
-            return {row.num: ("interrupted", None)}
-        return {row.num: ("ended", 0 if status.state == AppState.SUCCEEDED else 1)}
+            kind, code = "running", None
+        elif status.state == AppState.CANCELLED:
+            kind, code = "interrupted", None
+        return {row.num: (kind, code, status.state.name)}
 
 
 def _by_tunnel(groups: dict[str, list[JobRow]], executor: Any) -> dict[str, list[JobRow]]:

@@ -163,10 +163,13 @@ def settle(ledger: Ledger, nums: Sequence[int] | None = None) -> list[JobRow]:
     return [_settled(ledger, row) for row in rows]
 
 
-def _settled(ledger: Ledger, row: JobRow, now: JobRow | None = None) -> JobRow:
-    now = as_reported(row) if now is None else now
-    if now.state == row.state:
-        return row
+def _settled(ledger: Ledger, row: JobRow) -> JobRow:
+    now = as_reported(row)
+    return row if now.state == row.state else write_end(ledger, row, now)
+
+
+def write_end(ledger: Ledger, row: JobRow, now: JobRow) -> JobRow:
+    """Writes down how a running job ended, unless it was cancelled meanwhile; gives the job as it stands then."""
     if now.state == "done":
         options = read_options(ledger)
         now = replace(now, objective=objective_of(row.run_dir, options.objective, options.objective_mode))
@@ -301,11 +304,11 @@ class Loop:
     def _ask_executors(self) -> None:
         now = time.monotonic()
         submitted = [row for row in self.running.values() if not row.is_local]
-        for num, (kind, code) in self._others().states(submitted).items():
+        for num, (kind, code, word) in self._others().states(submitted).items():
             row = self.running[num]
             self._told[num] = now
             if kind == "ended":
-                self._end(row, self._remote_end(row, code))
+                self._end(row, remote_end(row, code, word))
             elif kind == "interrupted":
                 self._end(row, ended(row, 143 if code is None or code < 128 else code))
             elif kind == "again":
@@ -317,12 +320,6 @@ class Loop:
             silent = now - self._told.setdefault(row.num, now)
             if row.num in self.running and silent > UNKNOWN_SECONDS:
                 self._end(row, ended(row, None, f"nobody knows of {row.handle}"))
-
-    def _remote_end(self, row: JobRow, code: int | None) -> JobRow:
-        report = read_report(row.run_dir)
-        if report is not None and report.ended is not None and (code != 0) == (report.exit_code != 0):
-            return ended(row, report.exit_code, report.reason, report.ended)
-        return ended(row, code)
 
     def _others(self) -> Any:
         if self._submitted is None:
@@ -336,7 +333,7 @@ class Loop:
             return
         self.running.pop(row.num, None)
         self._gpus.give_back(row.num)
-        settled = _settled(self.ledger, row, now)
+        settled = write_end(self.ledger, row, now)
         self.failed = self.failed or settled.state == "failed"
         self.watcher.job(settled)
 
@@ -356,6 +353,17 @@ class Loop:
                     self._processes[row.num].wait()
                 report = read_report(row.run_dir)
                 self._end(row, ended(row, 0 if report is not None and report.exit_code == 0 else 143))
+
+
+def remote_end(row: JobRow, code: int | None, word: str) -> JobRow:
+    """A submitted job as it stands after its end, by its own report where that agrees with the executor.
+
+    word: the executor's, TIMEOUT for instance
+    """
+    report = read_report(row.run_dir)
+    if report is not None and report.ended is not None and (code != 0) == (report.exit_code != 0):
+        return ended(row, report.exit_code, report.reason or f"exit code {report.exit_code}, {word}", report.ended)
+    return ended(row, code, f"{word}, exit code {code}")
 
 
 def keep_record(row: JobRow) -> None:

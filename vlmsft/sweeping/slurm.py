@@ -30,7 +30,7 @@ def states(job_ids: Sequence[str], ask: Callable[[str], str]) -> dict[str, tuple
         accounts = _table(ask(f"sacct -X --noheader --parsable2 --format=JobID,State,ExitCode --jobs={','.join(over)}"))
         for job, state, code in (row for row in accounts if len(row) == 3):
             word = state.split()[0]  # "CANCELLED by 0"
-            known[job] = (word, None if word in IN_MIND else _exit_code(code))
+            known[job] = (word, None if word in IN_MIND else _exit_code(code, word))
     return known
 
 
@@ -38,7 +38,8 @@ def _table(text: str) -> list[list[str]]:
     return [line.strip().split("|") for line in text.splitlines() if "|" in line]
 
 
-def _exit_code(text: str) -> int:
-    """'7:0' is code 7, '0:15' signal 15."""
+def _exit_code(text: str, state: str) -> int:
+    """'7:0' is code 7, '0:15' signal 15. TIMEOUT and others come with 0:0."""
     code, _, number = text.partition(":")
-    return 128 + int(number) if number.isdigit() and int(number) else int(code or 0)
+    found = 128 + int(number) if number.isdigit() and int(number) else int(code or 0)
+    return found if found or state == "COMPLETED" else 1
