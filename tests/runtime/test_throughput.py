@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import subprocess
+import sys
 import time
 from types import SimpleNamespace
 
@@ -149,3 +151,17 @@ def test_values_stay_on_the_host(toy_trainer, tmp_path, monkeypatch):
     rows_of(toy_trainer, tmp_path / "m.csv", MLlamaLike(), max_steps=1)
     speeds = [value for value in seen if not value.requires_grad]
     assert len(speeds) >= 5 and all(isinstance(value, torch.Tensor) for value in seen)
+
+
+def test_sums_are_over_all_ranks(tmp_path):
+    code = (
+        "import sys, torch\n"
+        "from vlmsft.runtime.throughput import _num_data_parallel_ranks, _sum_over_data_parallel_ranks\n"
+        "rank = int(sys.argv[1])\n"
+        f"torch.distributed.init_process_group('gloo', init_method='file://{tmp_path}/s', rank=rank, world_size=2)\n"
+        "assert _num_data_parallel_ranks() == 2\n"
+        "assert [float(x) for x in _sum_over_data_parallel_ranks([1.0 + rank, 3e15])] == [3.0, 6e15]\n"
+    )
+    ranks = [subprocess.Popen([sys.executable, "-c", code, str(rank)]) for rank in range(2)]
+    assert [process.wait(timeout=300) for process in ranks] == [0, 0]
+    assert throughput._sum_over_data_parallel_ranks([1.0, 2.0]) == [1.0, 2.0], "no collective in a single process"
