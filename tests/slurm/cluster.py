@@ -13,6 +13,7 @@ then they are requeued.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import shutil
@@ -31,7 +32,7 @@ ACCOUNT = "test"
 CPUS_PER_NODE = 4  # as Slurm is told; the tests' jobs are tiny
 GRACE_SECONDS = 120
 REQUEUE_SECONDS = 5  # Slurm's own 120 would be most of the tests' time
-START_SECONDS = 20
+START_SECONDS = 60
 SYSTEM_PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
 
 
@@ -67,6 +68,8 @@ class Cluster:
         return self
 
     def __exit__(self, *exception: object) -> None:
+        with contextlib.suppress(RuntimeError):  # a cluster that never came up
+            self._kill_jobs()
         for _, process in reversed(self._started):
             process.terminate()
             try:
@@ -75,6 +78,14 @@ class Cluster:
                 process.kill()
                 process.wait()
         self._started.clear()
+
+    def _kill_jobs(self) -> None:
+        """Else the tasks of jobs that still run would outlive the daemons."""
+        self.run("scancel", "--full", "--signal=KILL", "--user=root")
+        self.run("scancel", "--user=root")
+        deadline = time.monotonic() + START_SECONDS
+        while self.run("squeue", "-h") and time.monotonic() < deadline:
+            time.sleep(0.5)
 
     def run(self, *command: str) -> str:
         """stdout of a Slurm command; raises with its stderr when it fails."""

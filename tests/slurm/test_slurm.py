@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from cluster import free_port
@@ -20,12 +21,13 @@ from launch_cases import files_with, made_job
 from sshd import SshServer
 
 from vlmsft.runtime import job
-from vlmsft.sweeping.ledger import Ledger
+from vlmsft.sweeping.ledger import JobRow, Ledger
 
 pytestmark = pytest.mark.slurm
+NUM_STEPS = 40  # of a sweep's job: time enough to lose it in the middle
 
 
-def until(found: Callable[[], object], seconds: float, what: str) -> object:
+def until(found: Callable[[], Any], seconds: float, what: str) -> Any:
     deadline = time.monotonic() + seconds
     while not (value := found()):
         assert time.monotonic() < deadline, f"waited {seconds} s for {what}"
@@ -111,7 +113,7 @@ def test_a_sweep_that_loses_jobs_and_launcher(launchpad: Launchpad):
     """LR x TP. One job is preempted, one is cancelled with scancel, the launcher is killed; `sweep resume` ends it."""
     points = ["optim.max_lr=1e-3,2e-3", "strategy.tensor_model_parallel_size=1,2"]
     sweep = ["launch=slurm", "sweep.id=lost", "trainer.devices=${strategy.tensor_model_parallel_size}"]
-    long = ["trainer.max_steps=30", "trainer.val_check_interval=30"]
+    long = [f"trainer.max_steps={NUM_STEPS}", f"trainer.val_check_interval={NUM_STEPS}"]
     launcher = launchpad.start("train", "-m", *points, *TINY, *ON_THIS_CLUSTER, *sweep, *long)
     try:
         _lose_two_jobs(launchpad)
@@ -122,7 +124,7 @@ def test_a_sweep_that_loses_jobs_and_launcher(launchpad: Launchpad):
     rows = ledger_of(launchpad).jobs()
     assert code == 0 and [row.state for row in rows] == ["done"] * 4, output + more
     for row in rows:
-        assert steps(Path(row.run_dir)) == list(range(1, 31)), f"job {row.num} did each step once"
+        assert steps(Path(row.run_dir)) == list(range(1, NUM_STEPS + 1)), f"job {row.num} did each step once"
     submissions = launchpad.cluster.jobs()
     assert sum(state == "CANCELLED" for state, _ in submissions.values()) == 1
     assert files_with(list(SENTINELS.values()), launchpad.folder / "runs") == []
@@ -135,22 +137,26 @@ def ledger_of(launchpad: Launchpad) -> Ledger:
 
 
 def _lose_two_jobs(launchpad: Launchpad) -> None:
-    """Of the two jobs that run first, one node each: one is preempted, the other gets scancel."""
+    """The first job that trains is preempted, the next one gets scancel."""
     folder = launchpad.folder / "runs" / "sweeps" / "lost"
     until((folder / "ledger.sqlite").exists, 600, "the ledger")
 
-    def training() -> list:
-        return [row for row in ledger_of(launchpad).jobs() if len(steps(Path(row.run_dir))) >= 2]
+    def training(but: int | None = None) -> list[JobRow]:
+        rows = [row for row in ledger_of(launchpad).jobs() if row.num != but]
+        return [row for row in rows if 2 <= len(steps(Path(row.run_dir))) < NUM_STEPS]
 
-    rows = until(lambda: len(training()) >= 2 and training(), 600, "two jobs that train")
-    preempted, cancelled = rows[:2]  # type: ignore[index]
+    (preempted, *_) = until(training, 600, "a job that trains")
     node = launchpad.cluster.run("squeue", "-h", "-j", number_of(preempted), "-o", "%N").strip()
     urgent = ["sbatch", "--parsable", "-p", "urgent", "-A", "test", "-w", node, "--exclusive", "-o", "/dev/null"]
     number = launchpad.cluster.run(*urgent, "--wrap", "sleep 1").strip()
-    launchpad.cluster.run("scancel", number_of(cancelled))
     launchpad.cluster.wait_for(number, "COMPLETED")
-    assert 0 < len(steps(Path(preempted.run_dir))) < 30 and job.newest_checkpoint(preempted.run_dir)
+    assert job.newest_checkpoint(preempted.run_dir) is not None and len(steps(Path(preempted.run_dir))) < NUM_STEPS
+
+    (cancelled, *_) = until(lambda: training(but=preempted.num), 600, "another job that trains")
+    launchpad.cluster.run("scancel", number_of(cancelled))
+    launchpad.cluster.wait_for(number_of(cancelled), "CANCELLED")
 
 
-def number_of(row) -> str:
+def number_of(row: JobRow) -> str:
+    assert row.handle is not None
     return row.handle.rpartition("/")[2]
