@@ -3,6 +3,7 @@ client reads it back from there: the table is the run folders' own each time."""
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
@@ -36,6 +37,7 @@ def logged(tmp_path_factory):
     import wandb
     from vlmsft.runtime.metrics_rows import read_metrics
     from vlmsft.runtime.wandb import RunLogger
+    from vlmsft.runtime.wandb_scores import log_scores
 
     with pytest.MonkeyPatch.context() as patch:
         server = Server()
@@ -58,6 +60,11 @@ def logged(tmp_path_factory):
                         logger.log_row(validation)
                 logger.finalize("success")
                 wandb.finish()
+        scores = {"heron": {"judge": {"score": 0.1234567, "num": 3, "num_missing": 0}, "rouge": {"score": None}}}
+        (folders[3] / "evaluation").mkdir()
+        (folders[3] / "evaluation" / "1.json").write_text(json.dumps({"scores": scores}))
+        wait_for_ends(folders)
+        assert log_scores(folders[3], scores)
         patch.setenv("WANDB_MODE", "online")
         wait_for_ends(folders)
         all_folders = [offline for folder in folders for offline in unsynced_folders(folder)]
@@ -84,6 +91,7 @@ def table(runs) -> str:
 def test_the_same_table_from_folders_offline_files_and_the_server(logged):
     local = table(read_run(folder) for folder in logged.folders)
     assert local.count("\n") == 5 and "optim.max_lr" in local and "nan" not in local
+    assert "heron/judge" in local and local.endswith(",0.1234567\n")
     assert table(offline_runs(logged.folders[0].parent)) == local
     assert table(online_runs("team/vlmsft")) == local
 
@@ -115,8 +123,8 @@ def test_what_is_uploaded_is_listed_no_more(logged, tmp_path):
     for mark in (tmp_path / "run").rglob("*.synced"):
         mark.unlink()
     folders = unsynced_folders(tmp_path / "run")
-    assert len(folders) == 2
-    assert sync_command(folders) == f"wandb sync {folders[0]} {folders[1]}"
+    assert len(folders) == 3, "two starts and the evaluation"
+    assert sync_command(folders) == f"wandb sync {folders[0]} {folders[1]} {folders[2]}"
 
 
 def test_groups(logged):
@@ -149,6 +157,15 @@ def test_a_project_that_is_not_there(logged):
         online_runs("team/none")
     with pytest.raises(UserError, match="expected entity/project"):
         online_runs("a/b/c")
+
+
+def test_a_key_that_the_server_refuses(logged):
+    logged.server.refuses_key = True
+    try:
+        with pytest.raises(UserError, match=r"W&B says: .*user is not logged in"):
+            online_runs("team/vlmsft")
+    finally:
+        logged.server.refuses_key = False
 
 
 def test_no_login(monkeypatch, tmp_path):

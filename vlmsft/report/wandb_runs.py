@@ -14,13 +14,11 @@ from vlmsft.report.record import RunRecord
 from vlmsft.report.runs import command_of, commit_of, curves, has_all_steps, is_fresh
 from vlmsft.report.summary import nan_notes, num_gpus, summarize
 from vlmsft.runtime.provenance import flatten
-from vlmsft.runtime.wandb_files import WandbLog, has_key, log_files, read_log
+from vlmsft.runtime.wandb_files import SCORES, WandbLog, has_key, log_files, read_log
 
 STEP_NAMES = ("step", "trainer/global_step", "_step")
 """What a row's optimizer step may be called: by us, by Lightning's own logger, by W&B."""
 STATES = {"running": "running", "finished": "done", "crashed": "failed", "failed": "failed", "killed": "cancelled"}
-SCORES = "evaluation/"
-"""Before an evaluation's "<task>/<metric>" in a run's summary."""
 SECONDS_TO_ANSWER = 30
 RUNS_AT_ONCE = 8
 

@@ -17,6 +17,8 @@ from typing import Any
 from urllib.parse import urlsplit
 
 DEFAULT_HOST = "api.wandb.ai"
+SCORES = "evaluation/"
+"""Before an evaluation's "<task>/<metric>" among a run's numbers."""
 BLOCK = 32 * 1024
 HEADER = b":W&B"
 HEADER_BYTES = 7
