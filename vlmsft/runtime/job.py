@@ -39,7 +39,7 @@ from nemo_run.core.serialization.zlib_json import ZlibJSONSerializer
 from torchx.specs.api import AppState, is_terminal
 
 from vlmsft.errors import USER_ERROR_EXIT_CODE, Problem, UserError, format_problems
-from vlmsft.runtime.logging import console, log_path, quiet, rank_from_environment
+from vlmsft.runtime.logging import CONSOLE_PATH, console, log_path, quiet, rank_from_environment
 
 FAILED_EXIT_CODE = 1
 CANCELLED_EXIT_CODE = 128 + signal.SIGTERM
@@ -238,6 +238,7 @@ def launch(job: Job, config: run.Config, *, dry_run: bool = False, follow: bool 
                 return _dry_run(experiment)
             if is_local(config):
                 return _follow_here(job, experiment)
+            os.environ.pop(CONSOLE_PATH, None)  # a submitted job inherits the environment, but not this process's files
             _submit(job, experiment)
             return _follow_there(job, experiment) if follow else 0
 

@@ -24,7 +24,7 @@ from typing import TextIO
 from rich.console import Console
 
 # A rank that Lightning starts as a child inherits descriptors 1 and 2, which are the parent's log by then.
-_CONSOLE_PATH = "VLMSFT_CONSOLE"
+CONSOLE_PATH = "VLMSFT_CONSOLE"
 
 _real_stdout: TextIO | None = None
 _console: Console | None = None
@@ -109,15 +109,15 @@ class _Terminal(io.TextIOWrapper):
 
 
 def _console_stream(undo: contextlib.ExitStack) -> TextIO:
-    inherited = os.environ.get(_CONSOLE_PATH)
+    inherited = os.environ.get(CONSOLE_PATH)
     if inherited is not None:
         with contextlib.suppress(OSError):
             return undo.enter_context(_Terminal(open(inherited, "ab", buffering=0), encoding="utf-8"))
     if not _is_descriptor(sys.stdout, 1):
         return sys.stdout  # a notebook, or a test that captures
     stream = undo.enter_context(_Terminal(os.fdopen(os.dup(1), "wb", buffering=0), encoding="utf-8"))
-    os.environ[_CONSOLE_PATH] = f"/proc/{os.getpid()}/fd/{stream.fileno()}"
-    undo.callback(os.environ.pop, _CONSOLE_PATH, None)
+    os.environ[CONSOLE_PATH] = f"/proc/{os.getpid()}/fd/{stream.fileno()}"
+    undo.callback(os.environ.pop, CONSOLE_PATH, None)
     return stream
 
 

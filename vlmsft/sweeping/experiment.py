@@ -28,6 +28,7 @@ from nemo_run.core.tunnel.rsync import rsync
 from torchx.specs.api import AppState, is_terminal
 
 from vlmsft.runtime.job import HOME, as_user_errors, build_executor
+from vlmsft.runtime.logging import CONSOLE_PATH
 from vlmsft.sweeping import slurm
 from vlmsft.sweeping.ledger import JobRow
 
@@ -102,6 +103,7 @@ class SweepExperiment:
             job.launch(wait=False, runner=self._experiment._runner, dryrun=True)
         if after is not None:
             job.executor.dependencies, job.executor.dependency_type = [after], "afterany"
+        os.environ.pop(CONSOLE_PATH, None)  # a submitted job inherits the environment, but not this process's files
         with as_user_errors():
             job.launch(wait=False, runner=self._experiment._runner)
         self._experiment._save_jobs()
@@ -152,7 +154,7 @@ class Submitted:
         self._runner: Any = None
 
     def states(self, rows: Sequence[JobRow]) -> dict[int, tuple[str, int | None, str]]:
-        """{num: ('running' | 'again' | 'interrupted' | 'ended', exit code, the executor's word)}; a job nobody can tell of
+        """{num: ('running' | 'again' | 'interrupted' | 'ended', exit code, the executor's word)}; one nobody can tell of
         is left out."""
         found: dict[int, tuple[str, int | None, str]] = {}
         on_slurm: dict[str, list[JobRow]] = {}
