@@ -138,6 +138,23 @@ def test_losses_do_not_depend_on_how_a_global_batch_is_computed(runs, reference,
     assert_same(metrics(runs.of(name)), reference, 1e-4)
 
 
+@pytest.mark.parametrize("name", ["mb1", "tp2", "dp2", "resumed"])
+def test_logged_speed_counts_the_texts_of_all_ranks_once(runs, reference, name):
+    """Whatever the step took, its texts are those of the reference; so are its FLOPs where the micro batches are."""
+    found = metrics(runs.of(name))
+
+    def of_steps(columns, speed):
+        return [rate * seconds for rate, seconds in zip(columns[speed], columns["step_seconds"], strict=True)]
+
+    assert len(found["tokens_per_second"]) == STEPS
+    assert largest_difference(*(of_steps(run, "tokens_per_second") for run in (found, reference))) < 1e-4
+    assert all(0 <= share < 1 for share in found["data_wait_fraction"])
+    if name in ("tp2", "resumed"):
+        ranks = 2 if name == "tp2" else 1
+        flops = [ranks * value for value in of_steps(found, "tflops_per_second_per_gpu")]
+        assert largest_difference(flops, of_steps(reference, "tflops_per_second_per_gpu")) < 1e-4
+
+
 @pytest.mark.parametrize(
     ("name", "uninterrupted"),
     [
