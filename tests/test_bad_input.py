@@ -249,9 +249,9 @@ def test_config_types_and_data_in_one_message(train, data):
 
 @pytest.mark.nemo
 def test_a_multirun_starts_nothing_when_one_job_is_wrong(train, data, tmp_path):
-    code, text = train("-m", *data.overrides, "data.global_batch_size=16,7", "trainer.val_check_interval=0.5")
-    assert code == 2 and not (tmp_path / "runs" / "demo").exists()
-    assert "job 1 (data.global_batch_size=7): data.global_batch_size: found 7" in text
+    code, text = train("-m", *data.overrides, "optim.max_lr=1e-3,fast", "trainer.val_check_interval=0.5")
+    assert code == 2 and not (tmp_path / "runs" / "demo").exists() and not (tmp_path / "runs" / "sweeps").exists()
+    assert "job 1 (optim.max_lr=fast): optim.max_lr: found 'fast'" in text
     assert text.count("trainer.val_check_interval: found 0.5") == 1, "said once for both jobs"
 
 

@@ -154,8 +154,10 @@ class Submitted:
         self._runner: Any = None
 
     def states(self, rows: Sequence[JobRow]) -> dict[int, tuple[str, int | None, str]]:
-        """{num: ('running' | 'again' | 'interrupted' | 'ended', exit code, the executor's word)}; one nobody can tell of
-        is left out."""
+        """{num: (what became of it, exit code, the executor's word for it)}; one nobody can tell of is left out.
+
+        What became of it: 'running', 'again' (to be submitted again), 'interrupted' or 'ended'.
+        """
         found: dict[int, tuple[str, int | None, str]] = {}
         on_slurm: dict[str, list[JobRow]] = {}
         for row in rows:

@@ -10,7 +10,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -176,8 +176,9 @@ class Multirun:
             tree = Scrubber.from_environment().tree(yaml.safe_load(written.read_text(encoding="utf-8")))
             (ledger.folder / "multirun.yaml").write_text(yaml.safe_dump(tree, sort_keys=False), encoding="utf-8")
             written.unlink()
-            if not any(folder.iterdir()):
+            with suppress(OSError):  # not empty
                 folder.rmdir()
+                folder.parent.rmdir()
 
     # -- running
 
