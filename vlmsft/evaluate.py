@@ -75,9 +75,8 @@ def plan_of(cfg: DictConfig, folders: list[Path]) -> Plan:
     if not specs:
         problems.append(Problem("tasks", "none", "at least one task"))
     names = [model.name for model in models]
-    base = values["base"] or (names[0] if names else "")
-    if names and base not in names:
-        problems.append(Problem("base", repr(base), f"one of {', '.join(names)}"))
+    if values["base"] not in (None, *names):
+        problems.append(Problem("base", repr(values["base"]), f"one of {', '.join(names)}"))
     generation = {**values["generation"], "stop": tuple(values["generation"]["stop"])}
     settings = Settings(
         generation=Generation(**generation),
@@ -94,7 +93,7 @@ def plan_of(cfg: DictConfig, folders: list[Path]) -> Plan:
         settings=settings,
         serve=Serve(**values["serve"]),
         concurrency=values["concurrency"],
-        base=base,
+        base=values["base"],
         id=values["id"],
         output=Path(absolute_path(values["output"])),
         force=values["force"],

@@ -157,6 +157,21 @@ def test_an_endpoint_that_is_gone_ends_it_with_answers_kept(run, tmp_path):
         assert len(server.asked) == 50
 
 
+def test_questions_that_a_server_refuses_do_not_end_it(run, tmp_path):
+    """Too long for the model, say: their own errors, however many in a row; at the next start the others come first."""
+    task = write_task(tmp_path / "t", questions(40))
+    options = ["num_attempts=1", "concurrency=1"]
+    refuses = lambda body, number: 400 if int(right(body, number)) < 30 else right(body, number)  # noqa: E731
+    with scripted(refuses) as server:
+        code, folder = run(*options, models={"a": server.url}, tasks=[str(task)])
+        assert code == 1 and len(server.asked) == 40
+        path = Store(folder).answers_path("a", "toy")
+        path.write_text("".join(f"{json.dumps(row)}\n" for row in rows(path)[:35]))  # five not asked
+        server.asked.clear()
+        run(*options, models={"a": server.url}, tasks=[str(task)])
+        assert [int(right(body, 0)) for body in server.asked] == [*range(35, 40), *range(30)]
+
+
 def test_answers_of_another_evaluation_are_taken_over(run, tmp_path, capsys):
     """Another scorer, or a model more, is another evaluation; nothing is asked twice for it."""
     task = write_task(tmp_path / "t", questions(4))
@@ -180,7 +195,8 @@ def test_a_given_id_takes_more_models_but_no_other_settings(run, tmp_path):
         _, folder = run("id=mine", models={"b": other.url}, tasks=[task])
         assert (len(server.asked), len(other.asked)) == (3, 3)
         assert {row["model"] for row in rows(folder / "scores.jsonl")} == {"a", "b"}
-        assert set(json.loads((folder / "results.json").read_text())) == {"a", "b"}
+        results = json.loads((folder / "results.json").read_text())
+        assert results["b"]["toy"]["exact_match"]["delta"] == pytest.approx(-200 / 3), "against the base it had"
         before = (folder / "manifest.json").read_bytes()
         with pytest.raises(UserError) as error:
             run("id=mine", "generation.temperature=1", "repeats=2", models={"a": server.url}, tasks=[task])

@@ -11,7 +11,7 @@ from hydra.utils import instantiate
 
 from vlmsft.data.records import IMAGE_MARKER
 from vlmsft.errors import Problem, UserError
-from vlmsft.evaluation.chat import chat, client_of, content_parts, error_text
+from vlmsft.evaluation.chat import chat, client_of, content_parts, error_text, is_of_server
 from vlmsft.evaluation.judge import num_uncached
 from vlmsft.evaluation.progress import Bar
 from vlmsft.evaluation.runner import Counts, Endpoint, Settings, Task, judge_facts
@@ -111,10 +111,11 @@ def _expected_items(
 def unanswered(
     questions: Sequence[Question], task: Task, model: str, store: Store, repeats: int
 ) -> list[tuple[Question, int]]:
-    """(question, repeat) of all that is still to be asked, errors too."""
+    """(question, repeat) of all that is still to be asked; what gave an error before comes last, for it may again."""
     answers = store.answers(model, task.name)
     places = [(question, repeat) for repeat in range(repeats) for question in questions]
-    return [(question, repeat) for question, repeat in places if why_missing(answers, question.sample, repeat)]
+    todo = [(question, repeat) for question, repeat in places if why_missing(answers, question.sample, repeat)]
+    return sorted(todo, key=lambda place: (place[0].sample.id, place[1]) in answers)
 
 
 # --- asking -----------------------------------------------------------------------------------------------------------
@@ -148,11 +149,11 @@ async def _ask_all(
             async def ask_one(question: Question, repeat: int) -> None:
                 nonlocal in_a_row
                 async with places:
-                    answer = await _answer(client, question, repeat, endpoint, settings)
+                    answer, is_the_servers = await _answer(client, question, repeat, endpoint, settings)
                 store.add_answer(model, task.name, answer)
                 counts["cut"] += answer.finish_reason == "length"
                 counts["failed"] += answer.error is not None
-                in_a_row = in_a_row + 1 if answer.error is not None else 0
+                in_a_row = in_a_row + 1 if is_the_servers else 0
                 bar.advance(**counts)
                 if in_a_row >= MAX_ERRORS_IN_A_ROW:
                     raise UserError(_gone(model, task, answer), "all answers are kept; the same command goes on")
@@ -165,15 +166,18 @@ def _gone(model: str, task: Task, answer: Answer) -> Problem:
     return Problem(f"models: {model}, task {task.name}", found, "answers")
 
 
-async def _answer(client: Any, question: Question, repeat: int, endpoint: Endpoint, settings: Settings) -> Answer:
+async def _answer(
+    client: Any, question: Question, repeat: int, endpoint: Endpoint, settings: Settings
+) -> tuple[Answer, bool]:
+    """The answer, and whether it is an error that others would get too."""
     start = time.monotonic()
     identity = question.sample.id
     try:
         messages = await asyncio.to_thread(messages_of, question)
         reply = await chat(client, **request(messages, repeat, endpoint.model, settings))
-    except Exception as error:  # a picture that breaks, or what is left after all attempts: this question's
-        return Answer(identity, repeat, None, error_text(error), seconds=_since(start))
-    return Answer(identity, repeat, reply.text, None, _since(start), reply.finish_reason, reply.num_tokens)
+    except Exception as error:  # a picture that breaks, or what is left after all attempts
+        return Answer(identity, repeat, None, error_text(error), seconds=_since(start)), is_of_server(error)
+    return Answer(identity, repeat, reply.text, None, _since(start), reply.finish_reason, reply.num_tokens), False
 
 
 def _since(start: float) -> float:

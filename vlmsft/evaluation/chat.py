@@ -51,6 +51,21 @@ def error_text(error: BaseException) -> str:
     return " ".join(f"{type(error).__name__}: {error}{cause}".split())[:500]
 
 
+def is_of_server(error: BaseException) -> bool:
+    """Whether another question would fare no better: no connection, no right to ask, an overloaded or broken server."""
+    import openai
+
+    kinds = (
+        openai.APIConnectionError,
+        openai.InternalServerError,
+        openai.RateLimitError,
+        openai.AuthenticationError,
+        openai.PermissionDeniedError,
+        openai.NotFoundError,
+    )
+    return isinstance(error, kinds)
+
+
 def content_parts(text: str, images: Sequence[str]) -> list[dict[str, Any]]:
     """A message's content with each <image> of `text` as the next of the data URLs `images`."""
     parts: list[dict[str, Any]] = []

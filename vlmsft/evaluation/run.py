@@ -6,6 +6,7 @@ is made of them anew.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import functools
 import importlib
@@ -39,7 +40,7 @@ MANIFEST = "manifest.json"
 class Plan:
     """What is asked for, with everything named in it found.
 
-    base: the model that others are compared with
+    base: the model that others are compared with; None = the one that the evaluation has already, else the first
     id: of the evaluation, None = made of what its numbers depend on
     output: folder of all evaluations
     """
@@ -49,7 +50,7 @@ class Plan:
     settings: Settings
     serve: Serve
     concurrency: int
-    base: str
+    base: str | None
     id: str | None
     output: Path
     force: bool
@@ -66,7 +67,9 @@ def evaluate(plan: Plan) -> int:
     manifest = describe(plan)
     id = plan.id or manifests.identity(manifest)
     folder = plan.output / id
-    manifest = {"id": id, **_with_kept(manifest, folder), "base": plan.base}
+    manifest = {"id": id, **_with_kept(manifest, folder, plan.base)}
+    if not plan.force and (problems := manifests.engine_problems(manifest, manifest["base"])):
+        raise UserError(problems)
     _warn(manifest)
     store = Store(folder)
     if plan.dryrun:
@@ -77,9 +80,9 @@ def evaluate(plan: Plan) -> int:
         if plan.reuse_answers:
             _reuse_answers(manifest, plan, store)
         ask(plan, manifest, store)
-        scores = score(plan, manifest, store)
+        scores = score(plan, store)
         store.write_scores(scores)
-        results = write_results(plan, manifest, folder)
+        results = write_results(folder)
     write_to_runs(plan, manifest, results)
     return _report(plan, store, scores, folder)
 
@@ -119,26 +122,23 @@ def describe(plan: Plan) -> dict[str, Any]:
         except UserError as error:
             problems += error.problems
     if not problems:
-        manifest = manifests.make(plan.settings, models, tasks)
-        problems = [] if plan.force else manifests.engine_problems(manifest, plan.base)
-        if not problems:
-            return manifest
+        return manifests.make(plan.settings, models, tasks)
     raise UserError(list(dict.fromkeys(problems)))
 
 
-def _with_kept(manifest: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """With time and command, and the models and tasks that the folder has already."""
+def _with_kept(manifest: dict[str, Any], folder: Path, base: str | None) -> dict[str, Any]:
+    """With time, command and base, and the models and tasks that the folder has already."""
     path = folder / MANIFEST
     scrubber = Scrubber.from_environment()
     now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
     manifest = {**manifest, "created": now, "command": [scrubber.override(word) for word in sys.argv]}
     if not path.exists():
-        return manifest
+        return {**manifest, "base": base or next(iter(manifest["models"]))}
     kept = json.loads(path.read_text(encoding="utf-8"))
     problems = manifests.folder_problems(kept, manifest, folder)
     if problems:
         raise UserError(problems)
-    return manifests.merged(kept, manifest)
+    return {**manifests.merged(kept, manifest), "base": base or kept["base"]}
 
 
 def _warn(manifest: Mapping[str, Any]) -> None:
@@ -169,10 +169,11 @@ def _reuse_answers(manifest: Mapping[str, Any], plan: Plan, store: Store) -> Non
     others: dict[tuple[str, str], Path] = {}
     for path in sorted(plan.output.glob(f"*/{MANIFEST}"), key=os.path.getmtime):
         other = json.loads(path.read_text(encoding="utf-8"))
-        for model, task in itertools.product(other["models"], other["tasks"]):
-            answers = Store(path.parent).answers_path(model, task)
-            if path.parent != store.folder and answers.exists():
-                others[task, manifests.answers_key(other, model, task)] = answers
+        with contextlib.suppress(KeyError):  # another version's manifest
+            for model, task in itertools.product(other["models"], other["tasks"]):
+                answers = Store(path.parent).answers_path(model, task)
+                if path.parent != store.folder and answers.exists():
+                    others[task, manifests.answers_key(other, model, task)] = answers
     for model, task in itertools.product(plan.models, plan.tasks):
         target = store.answers_path(model.name, task.name)
         source = others.get((task.name, manifests.answers_key(dict(manifest), model.name, task.name)))
@@ -227,7 +228,7 @@ def ask(plan: Plan, manifest: Mapping[str, Any], store: Store) -> None:
                 runner_of(task.config["runner"]).ask(task, model.name, endpoint, store, plan.settings)
 
 
-def score(plan: Plan, manifest: Mapping[str, Any], store: Store) -> list[Score]:
+def score(plan: Plan, store: Store) -> list[Score]:
     """Of this start's models and tasks; those of earlier starts in this folder are kept."""
     scores: list[Score] = []
     for model in plan.models:
@@ -237,8 +238,8 @@ def score(plan: Plan, manifest: Mapping[str, Any], store: Store) -> list[Score]:
     return [each for each in store.scores() if (each.model, each.task) not in anew] + scores
 
 
-def write_results(plan: Plan, manifest: Mapping[str, Any], folder: Path) -> Mapping[str, Any]:
-    """results.json and what is made of it; gives {model: {task: {metric: {...}}}}."""
+def write_results(folder: Path) -> Mapping[str, Any]:
+    """results.json, tables and gallery; gives {model: {task: {metric: {...}}}}."""
     from vlmsft.evaluation import results
 
     return results.write(folder)
