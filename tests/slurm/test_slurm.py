@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import os
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -82,8 +83,12 @@ def test_a_failed_job_is_explained(launch_here: Launchpad, function, code, said,
     assert executor is not None and job.launch(made, executor, follow=True) == code
     output = capfd.readouterr().out
     assert said in output and ("Traceback" in output) == (function == "fail")
-    number = output.split("submitted ")[1].split(";")[0].rpartition("/")[2]
+    number = output.split("submitted ")[1].split(";")[0]
     assert launch_here.cluster.wait_for(number, "FAILED", "COMPLETED")[0] == "FAILED"
+    if function == "refuse":
+        command = output.split("how it is: ")[1].split(";")[0]
+        command = command.replace("nemorun", f"{os.path.dirname(sys.executable)}/nemorun")
+        assert "FAILED" in subprocess.run(command, shell=True, capture_output=True, text=True).stdout, command
 
 
 def test_through_ssh(launch_here: Launchpad, tmp_path, monkeypatch, capfd):
