@@ -70,6 +70,8 @@ def _run(ledger: Ledger, cfg: DictConfig, again: list[str]) -> int:
     from vlmsft.sweeping.schedule import Interrupted, read_options, write_options
 
     if cfg.max_parallel is not None:
+        if type(cfg.max_parallel) is not int or cfg.max_parallel < 1:
+            raise UserError(Problem("max_parallel", repr(cfg.max_parallel), "null or a whole number from 1 on"))
         write_options(ledger, replace(read_options(ledger), max_parallel=cfg.max_parallel))
     rows = chosen(ledger, cfg)
     for row in rows:

@@ -90,7 +90,11 @@ def test_a_running_job_is_as_it_reported(ledger):
     lock = take_lock(row.run_dir)
     assert as_reported(row).state == "running"
     os.close(lock)
-    assert as_reported(replace(row, is_local=False)).state == "running", "only the executor knows"
+    submitted = replace(row, is_local=False, handle="slurm_tunnel://nemo_run/7")
+    assert as_reported(submitted).state == "running", "only the executor knows"
+    assert as_reported(replace(row, host="elsewhere")).state == "running", "only that machine knows"
+    assert as_reported(replace(row, started=time.time())).state == "running", "its process comes yet"
+    assert as_reported(replace(row, started=time.time()), starting_seconds=0).state == "pending"
     with reporting(row.run_dir):
         pass
     assert (as_reported(row).state, as_reported(row).exit_code) == ("done", 0)

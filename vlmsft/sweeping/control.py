@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Sequence
 
+from vlmsft.errors import UserError
 from vlmsft.runtime.logging import quiet
 from vlmsft.sweeping import local
-from vlmsft.sweeping.ledger import JobRow, Ledger, ended
-from vlmsft.sweeping.report import is_locked
-from vlmsft.sweeping.schedule import remote_end, settle, write_end
+from vlmsft.sweeping.ledger import JobRow, Ledger, ended, is_elsewhere
+from vlmsft.sweeping.schedule import only_launcher, remote_end, settle, write_end
 
 
 def refresh(ledger: Ledger) -> None:
-    """Writes down what became of submitted jobs, where no launcher follows them any more."""
+    """Writes down what became of running jobs, where no launcher follows them any more."""
+    try:
+        with only_launcher(ledger.folder):
+            _refresh(ledger)
+    except UserError:
+        return  # the launcher does
+
+
+def _refresh(ledger: Ledger) -> None:
     rows = [row for row in settle(ledger) if row.state == "running" and row.handle is not None]
     if not rows:
         return
@@ -34,13 +41,13 @@ def cancel_jobs(ledger: Ledger, rows: Sequence[JobRow]) -> list[JobRow]:
 
     First the state, then the process: a launcher that follows the job sees that it was no failure.
     """
-    settle(ledger)
+    refresh(ledger)
     here, submitted, elsewhere = [], [], []
     for row in rows:
         if ledger.move(row.num, "cancelled", ["pending"], reason="before it was started"):
             continue
         row = ledger.job(row.num)
-        if row.state == "running" and row.is_local and row.host != socket.gethostname() and is_locked(row.run_dir):
+        if row.state == "running" and is_elsewhere(row):
             elsewhere.append(row)
         elif ledger.move(row.num, "cancelled", ["running"], reason="while it was running"):
             (submitted if row.handle is not None else here).append(row)

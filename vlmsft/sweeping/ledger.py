@@ -19,6 +19,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import socket
 import sqlite3
 import time
 from collections.abc import Iterator, Sequence
@@ -33,6 +34,8 @@ FILE = "ledger.sqlite"
 STATES = ("pending", "running", "done", "failed", "infeasible", "cancelled")
 TIMEOUT_SECONDS = 60.0
 """How long a writer waits for another one."""
+STARTING_SECONDS = 30.0
+"""From a job's claim to its process or submission, at most."""
 INTERRUPTED_EXIT_CODES = (130, 143)
 """128 + SIGINT, 128 + SIGTERM."""
 
@@ -206,16 +209,26 @@ def _cell(name: str, value: Any) -> Any:
     return json.dumps(value, ensure_ascii=False) if name in _JSON else value
 
 
-def as_reported(row: JobRow) -> JobRow:
-    """A job that the ledger has as running, as its worker left it."""
+def as_reported(row: JobRow, starting_seconds: float = STARTING_SECONDS) -> JobRow:
+    """A job that the ledger has as running, as its worker left it.
+
+    starting_seconds: since its claim, in which it need not have a process yet; 0 where no launcher lives to start one
+    """
     if row.state != "running":
         return row
     report = read_report(row.run_dir)
-    if report is not None and report.ended is not None:
+    # one that failed or was interrupted on Slurm may be queued again
+    if report is not None and report.ended is not None and (row.handle is None or report.exit_code == 0):
         return ended(row, report.exit_code, report.reason, report.ended)
-    if not row.is_local or is_locked(row.run_dir) or time.time() - (row.started or 0) < 2.0:  # is being started
+    is_known = row.handle is not None if not row.is_local else is_locked(row.run_dir) or is_elsewhere(row)
+    if is_known or time.time() - (row.started or 0) < starting_seconds:
         return row
     return replace(row, state="pending", reason="its process is gone: it goes on from its last checkpoint")
+
+
+def is_elsewhere(row: JobRow) -> bool:
+    """Whether it is a process of another machine, of which only its report tells."""
+    return row.is_local and row.host not in (None, socket.gethostname())
 
 
 def ended(row: JobRow, exit_code: int | None, reason: str = "", when: float | None = None) -> JobRow:

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 from vlmsft.errors import Problem, UserError
 from vlmsft.sweeping import local
 from vlmsft.sweeping.gpus import Gpus
-from vlmsft.sweeping.ledger import JobRow, Ledger, as_reported, ended
+from vlmsft.sweeping.ledger import JobRow, Ledger, as_reported, ended, is_elsewhere
 from vlmsft.sweeping.objective import objective_of
 from vlmsft.sweeping.report import RUNS_ALREADY_EXIT_CODE, forget_report, is_locked, read_report
 
@@ -158,14 +158,16 @@ def _follow(loop: Loop) -> None:
 
 
 def settle(ledger: Ledger, nums: Sequence[int] | None = None) -> list[JobRow]:
-    """Writes into the ledger what became of the jobs that it has as running; gives the jobs `nums`, or all."""
-    rows = [row for row in ledger.written() if nums is None or row.num in nums]
-    return [_settled(ledger, row) for row in rows]
+    """Writes into the ledger what became of the jobs that it has as running; gives the jobs `nums`, or all.
 
-
-def _settled(ledger: Ledger, row: JobRow) -> JobRow:
-    now = as_reported(row)
-    return row if now.state == row.state else write_end(ledger, row, now)
+    For the one launcher of the sweep: what another one has claimed and not started yet would be taken from it.
+    """
+    settled = []
+    for row in ledger.written():
+        if nums is None or row.num in nums:
+            now = as_reported(row, starting_seconds=0)
+            settled.append(row if now.state == row.state else write_end(ledger, row, now))
+    return settled
 
 
 def write_end(ledger: Ledger, row: JobRow, now: JobRow) -> JobRow:
@@ -297,6 +299,8 @@ class Loop:
             if states[row.num] == "cancelled" and row.num not in self._processes and not is_locked(row.run_dir):
                 self._end(row, self.ledger.job(row.num))
             elif row.is_local and row.num not in self._processes and not is_locked(row.run_dir):
+                if is_elsewhere(row) and as_reported(row).state == "running":
+                    continue
                 report = read_report(row.run_dir)
                 code, reason = (None, "") if report is None else (report.exit_code, report.reason)
                 self._end(row, ended(row, code, reason))

@@ -1,0 +1,126 @@
+"""What launching costs beside NeMo-Run's own cost: a sweep's start, and each job of it.
+
+    python benchmarks/launch_overhead.py [--jobs 100]
+
+Sweep: `vlmsft.train -m` of the demo with --jobs learning rates, up to the point where the first job would start: all
+composed, checked, translated, written into ledger and run folders, packaged by NeMo-Run. NeMo's import, once a sweep,
+is told apart. It must stay under 20 s beside it.
+
+Job: --jobs commands that do nothing (`true`), 8 at a time, with the record in their run folders (config, state of the
+code, fingerprint of the data), against the same commands submitted by NeMo-Run's Experiment alone, in the same process.
+Beyond NeMo-Run's cost it may be 100 ms.
+
+Prints Markdown, wall time and this process's CPU time: on a machine that others use too, the latter tells more.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from unittest import mock
+
+SWEEP_SECONDS, JOB_SECONDS = 20.0, 0.1
+Spent = tuple[float, float]
+"""Seconds: wall, CPU."""
+
+
+@contextlib.contextmanager
+def measured(into: dict[str, Spent], name: str) -> Iterator[None]:
+    wall, cpu = time.perf_counter(), time.process_time()
+    yield
+    into[name] = (time.perf_counter() - wall, time.process_time() - cpu)
+
+
+def launch_sweep(num_jobs: int, dry_run: bool = True) -> None:
+    from vlmsft import train
+
+    rates = ",".join(f"{1e-3 + number * 1e-6:.6f}" for number in range(num_jobs))
+    words = ["experiment=demo", f"optim.max_lr={rates}", f"hydra.launcher.dryrun={str(dry_run).lower()}"]
+    command = mock.patch.object(sys, "argv", ["train", "-m", *words, "sweep.id=bench"])
+    with command, contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()):
+        train.main()
+
+
+def noop_rows(num_jobs: int) -> list:
+    """The sweep's jobs, each with `true` for its command."""
+    from vlmsft.sweeping.ledger import Ledger
+
+    rows = Ledger("runs/sweeps/bench").jobs()[:num_jobs]
+    return [replace(row, command=["true", ""]) for row in rows]
+
+
+def nemo_run_alone(rows: list) -> None:
+    """The same tasks in an Experiment of its own, up to their submission; as many at once as its scheduler keeps."""
+    import nemo_run as run
+
+    from vlmsft.sweeping.experiment import executor_of, script_of
+
+    experiment = run.Experiment("alone", base_dir="alone", clean_mode=True, enable_goodbye_message=False)
+    with experiment:
+        for row in rows:
+            experiment.add(script_of(row), executor=executor_of(row), name=f"job_{row.num}")
+        experiment.run(detach=True)
+        experiment._launched = False  # leave without waiting for its two-second polls
+
+
+def ours(rows: list, folder: str, max_parallel: int) -> dict[str, int]:
+    """Their run by vlmsft's scheduler, to the last one's end; gives the number of jobs by state."""
+    from vlmsft.sweeping.ledger import Ledger
+    from vlmsft.sweeping.schedule import Options, run_jobs, write_options
+
+    ledger = Ledger(folder, create=True)
+    ledger.add([replace(row, run_dir=f"{row.run_dir}-{max_parallel}") for row in rows])
+    options = Options(max_parallel=max_parallel)
+    write_options(ledger, options)
+    run_jobs(ledger, [row.num for row in rows], options)
+    states = [row.state for row in ledger.jobs()]
+    return {state: states.count(state) for state in set(states)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--jobs", type=int, default=100)
+    num_jobs = parser.parse_args().jobs
+    spent: dict[str, Spent] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        os.chdir(folder)
+        os.environ["NEMORUN_HOME"] = str(Path(folder, "nemo_run"))
+        from vlmsft.runtime.logging import quiet
+
+        with quiet(folder), measured(spent, "NeMo's import"):
+            import nemo.collections.llm  # noqa: F401
+        with measured(spent, "sweep"):
+            launch_sweep(num_jobs)
+        rows = noop_rows(num_jobs)
+        alone = rows[:64]
+        with quiet(folder):
+            with measured(spent, "alone"):
+                nemo_run_alone(alone)
+            with measured(spent, "ours"):
+                states = ours(rows, "runs/sweeps/noop", 8)
+    print(f"\n{num_jobs} jobs; seconds\n\n| | wall | CPU | limit |\n|---|---|---|---|")
+    line("NeMo's import, once", spent["NeMo's import"])
+    line(f"a sweep of {num_jobs} composed, checked, in its ledger, packaged", spent["sweep"], f"{SWEEP_SECONDS:.0f}")
+    of_alone, of_ours = (
+        [each / number for each in spent[name]] for name, number in (("alone", 64), ("ours", num_jobs))
+    )
+    line("a local job, NeMo-Run alone", of_alone)
+    line("a local job, vlmsft, 8 at a time, to its end", of_ours)
+    line("difference", [ours - alone for ours, alone in zip(of_ours, of_alone, strict=True)], f"{JOB_SECONDS}")
+    print(f"\njobs by state: {states}")
+
+
+def line(name: str, spent: Spent | list[float], limit: str = "") -> None:
+    print(f"| {name} | {spent[0]:.3f} | {spent[1]:.3f} | {limit} |")
+
+
+if __name__ == "__main__":
+    main()
