@@ -3,7 +3,7 @@
     with Cluster(folder) as cluster:
         subprocess.run(["sbatch", ...], env={**os.environ, **cluster.environment})
 
-Debian 12's packages (MISSING_REMEDY). No systemd, no cgroups, no container plugin; every port is picked free, and every
+Debian 12's PACKAGES. No systemd, no cgroups, no container plugin; every port is picked free, and every
 file and socket lies in the folder, so that a second cluster, or a system's own Slurm, isn't touched. Root is needed:
 slurmd starts tasks as the user who submitted.
 
@@ -24,9 +24,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 PROGRAMS = ("munged", "mariadbd", "mariadb-install-db", "slurmdbd", "slurmctld", "slurmd", "sbatch", "sacctmgr")
-MISSING_REMEDY = (
-    "apt-get install -y --no-install-recommends slurmctld slurmd slurm-client slurmdbd munge mariadb-server"
-)
+OTHER_PROGRAMS = ("sshd", "ssh", "ssh-keygen", "rsync")  # of tests/slurm/sshd.py
+PACKAGES = "slurmctld slurmd slurm-client slurmdbd munge mariadb-server openssh-server openssh-client rsync"
 NODES = ("n1", "n2")
 ACCOUNT = "test"
 CPUS_PER_NODE = 4  # as Slurm is told; the tests' jobs are tiny
@@ -38,9 +37,9 @@ SYSTEM_PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
 
 def missing() -> str | None:
     """Why there can't be a cluster here; None = there can."""
-    absent = [name for name in PROGRAMS if shutil.which(name, path=SYSTEM_PATH) is None]
+    absent = [name for name in PROGRAMS + OTHER_PROGRAMS if shutil.which(name, path=SYSTEM_PATH) is None]
     if absent:
-        return f"no {', '.join(absent)}: {MISSING_REMEDY}"
+        return f"no {', '.join(absent)}: apt-get install -y --no-install-recommends {PACKAGES}"
     return None if os.geteuid() == 0 else "Slurm's daemons need root"
 
 

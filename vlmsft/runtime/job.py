@@ -4,9 +4,9 @@ A job is frozen when it is made: what travels to another process is the translat
 
     python -m vlmsft.runtime.job RUN_FOLDER     what `start_child` runs
 
-Signals. Ctrl-C and SIGTERM end a training between two steps, so that no checkpoint is left half written; a second
-Ctrl-C ends it at once. Either way the exit code is 128 + signal, and the last line says how to go on, and from
-which step.
+Signals. Ctrl-C and SIGTERM end a training after its step, with a checkpoint (vlmsft.runtime.preemption); a second
+Ctrl-C ends it at once. Either way the exit code is 128 + signal, and the last line says how to go on, and from which
+step.
 """
 
 from __future__ import annotations
