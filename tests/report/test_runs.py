@@ -128,7 +128,7 @@ def test_nan_is_shown_and_named(tmp_path):
     [
         ("metrics.csv", b"step,lr\n1,0.5\n2,?\n3\n", "metrics.csv: line 3 and 1 more can't be understood"),
         ("metrics.csv", b"", None),
-        ("metrics.csv", b"\xff\xfe\x00\n1\n", "metrics.csv: line 2 can't be understood"),
+        ("metrics.csv", b"\xff\xfe\x00\n1\n", "metrics.csv: has no column step"),
         ("config.yaml", b"name: a\noptim: {max", "config.yaml: can't be read"),
         ("config.yaml", b"name: a\noptim:\n  max_l", "config.yaml: cut off"),
         ("config.yaml", b"", "config.yaml: empty"),

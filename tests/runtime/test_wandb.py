@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 import pytest
+from config_cases import compose
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from vlmsft.runtime.metrics import MetricsTable
@@ -188,6 +189,15 @@ def test_a_checkpoint_is_uploaded_when_asked(tmp_path, no_login, caplog, asked, 
     wandb.finish()
     assert logs_of(tmp_path)[0].artifacts == there
     assert ("no best checkpoint" in caplog.text) == (asked == "best")
+
+
+def test_name_and_group_say_what_varies_in_which_sweep():
+    alone = compose("experiment=demo", "log=wandb", "id=7").log.wandb
+    assert (alone.name, alone.group, alone.run_id) == ("7", "demo", "demo-7")
+    sweep = ("id=abc-7", "sweep.id=abc", "sweep.varies='optim.max_lr=1e-5'")
+    job = compose("experiment=demo", "log=wandb", *sweep).log.wandb
+    assert (job.name, job.group, job.run_id) == ("optim.max_lr=1e-5", "abc", "demo-abc-7")
+    assert job.job_type == "train"
 
 
 def test_names_that_wandb_takes(tmp_path, no_login):

@@ -12,7 +12,7 @@ ENDED_FILE = "finished.json"
 def read_metrics(path: Path) -> tuple[list[dict[str, float]], list[str]]:
     """The rows (see vlmsft.report.summary.Rows), and what was wrong; a row whose end is missing is left out."""
     try:
-        text = path.read_bytes().decode("utf-8", "replace")
+        text = path.read_bytes().decode("utf-8", "replace").replace("\0", "")  # Python 3.10's csv stops at one
     except FileNotFoundError:
         return [], []
     except OSError as error:
@@ -21,6 +21,8 @@ def read_metrics(path: Path) -> tuple[list[dict[str, float]], list[str]]:
     notes = [f"{path.name}: the last row is cut off, and left out"] if rest else []
     lines = csv.reader((whole + newline).splitlines())
     columns = next(lines, [])
+    if columns and "step" not in columns:
+        return [], [*notes, f"{path.name}: has no column step"]
     rows, wrong = [], []
     for number, cells in enumerate(lines, start=2):
         try:
