@@ -267,13 +267,21 @@ def _transformer_engine_kit() -> LayerKit:
     )
 
 
-def _add_gated(residual: Tensor, output: Tensor, bias: Tensor | None, gate: Tensor | None) -> Tensor:
-    branch = output if bias is None else output + bias
-    return residual + (branch if gate is None else gate.tanh() * branch)
+def _add_with_bias(residual: Tensor, output: Tensor, bias: Tensor) -> Tensor:
+    return residual + (output + bias)
 
 
-# dynamic: micro batches differ in their number of images, and torch gives up after eight shapes
-_add_gated_compiled = torch.compile(_add_gated, dynamic=True)
+def _add_gated(residual: Tensor, output: Tensor, gate: Tensor) -> Tensor:
+    return residual + gate.tanh() * output
+
+
+def _add_gated_with_bias(residual: Tensor, output: Tensor, bias: Tensor, gate: Tensor) -> Tensor:
+    return residual + gate.tanh() * (output + bias)
+
+
+# dynamic: micro batches differ in their number of images. A function each, because torch gives a function up after
+# eight variants, and what trains, what is recomputed and what is None made more of one
+_compiled = {add: torch.compile(add, dynamic=True) for add in (_add_with_bias, _add_gated, _add_gated_with_bias)}
 
 
 class TowerLayer(ImageTransformerLayer):
@@ -302,8 +310,10 @@ class TowerLayer(ImageTransformerLayer):
         if self.training and self.hidden_dropout:
             output = F.dropout(output if bias is None else output + bias, self.hidden_dropout)
             bias = None
-        add = _add_gated_compiled if self.compiled else _add_gated
-        return add(residual, output, bias, gate)
+        if bias is None and gate is None:
+            return residual + output
+        add = _add_gated if bias is None else _add_with_bias if gate is None else _add_gated_with_bias
+        return (_compiled[add] if self.compiled else add)(residual, output, *(x for x in (bias, gate) if x is not None))
 
 
 def _spec(module: type, submodules: Any, **params: Any) -> ModuleSpec:
