@@ -30,12 +30,13 @@ SPEEDS = (100.0, 60.0, 80.0, 50.0)
 
 
 def run(folder: Path, number: int, rate: float, size: int, num_steps: int) -> RunRecord:
+    note = EVIL if number == 3 else "plain"
     config = {
         "optim.max_lr": rate,
         "strategy.tensor_model_parallel_size": size,
         "trainer.max_steps": num_steps,
         "run_dir": f"/runs/grid/{number}",
-        "note": EVIL if number == 3 else "plain",
+        "z.note": note,
     }
     answer = EVIL if number == 3 else ("orange", "red", "orange", "")[number]
     pictures = (str(folder / "0-0.png"), str(folder / "gone.png"))
@@ -47,7 +48,7 @@ def run(folder: Path, number: int, rate: float, size: int, num_steps: int) -> Ru
         config=config,
         metrics={"best_val_loss": LOSSES[number], "samples_per_second": SPEEDS[number], "max_lr": rate, "mfu": None},
         curves=lambda: frame(number, num_steps),
-        command=f"python -m vlmsft.train optim.max_lr={rate} 'note={config['note']}'",
+        command=f"python -m vlmsft.train optim.max_lr={rate} 'note={note}'",
         commit="0123abc",
         answers=(SampleAnswer(num_steps, 0, f"Which colour? {EVIL}", "orange", answer, pictures),),
         notes=(f"metrics.csv: {EVIL}",) if number == 3 else (),

@@ -66,7 +66,7 @@ def test_pareto_figure_leaves_out_what_was_not_measured(runs):
 
 
 def test_parallel_axes(runs):
-    trace = figures.parallel_figure(runs, [LR, TP, "note"], "best_val_loss")["data"][0]
+    trace = figures.parallel_figure(runs, [LR, TP, "z.note"], "best_val_loss")["data"][0]
     rate, size, note, loss = trace["dimensions"]
     assert rate["label"] == "max_lr (log)" and rate["ticktext"] == ["1e-05", "0.001"]
     assert rate["values"] == [pytest.approx(math.log10(x)) for x in (1e-5, 1e-5, 1e-3, 1e-3)]

@@ -98,7 +98,7 @@ def test_one_run_alone(runs):
 
 def test_differences_are_there_for_any_two_runs(page):
     config = json.loads(page.unpacked("data"))["config"]
-    assert config["keys"] == ["optim.max_lr", "strategy.tensor_model_parallel_size", "note"]
+    assert config["keys"] == ["optim.max_lr", "strategy.tensor_model_parallel_size", "z.note"]
     assert config["values"][0] == ["1e-05", "1e-05", "0.001", "0.001"]
     assert config["num_same"] == 1  # trainer.max_steps; run_dir only names the run
 

@@ -109,7 +109,7 @@ def test_differences_of_two_runs(page):
     assert rows == [
         ["optim.max_lr", "1e-05", "0.001"],
         ["strategy.tensor_model_parallel_size", "1", "2"],
-        ["note", "plain", EVIL],
+        ["z.note", "plain", EVIL],
     ]
     page.locator("#diff-b").select_option("1")
     assert page.locator("#diff-table tbody tr").count() == 1
@@ -194,10 +194,14 @@ def test_what_runs_say_is_text(page):
 
 
 def test_copying_a_command(page):
-    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    """The clipboard itself is left alone: reading it back, Chromium stops to report changes of the colour scheme."""
+    command = "python -m vlmsft.train optim.max_lr=1e-05 'note=plain'"
+    page.evaluate("navigator.clipboard.writeText = async (text) => { window.copied = text; }")
     page.locator(".copy").first.click()
-    page.get_by_text("Copied").wait_for()
-    assert page.evaluate("navigator.clipboard.readText()") == "python -m vlmsft.train optim.max_lr=1e-05 'note=plain'"
+    assert page.wait_for_function("window.copied").json_value() == command
+    page.evaluate("navigator.clipboard.writeText = async () => { throw new Error('not allowed'); }")
+    page.locator(".copy").first.click()
+    assert page.wait_for_function("getSelection().toString()").json_value() == command
 
 
 def lightness(colour):
