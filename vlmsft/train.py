@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 import tempfile
@@ -96,8 +97,7 @@ def check(
     """
     from vlmsft import checks
 
-    if rank_from_environment() == 0:
-        console().print("checking configuration and data, importing NeMo ...", style="dim", highlight=False)
+    say_checking()
     made = {}
     with tempfile.TemporaryDirectory() as scratch, quiet(scratch):
         find_problems = checks.malformed if leave_out_infeasible else checks.find_problems
@@ -112,6 +112,13 @@ def check(
             except UserError as error:
                 problems += [problem for problem in error.problems if problem not in problems]
     return made.get("recipe"), made.get("launch", {}).get("executor"), problems
+
+
+@functools.cache
+def say_checking() -> None:
+    """Once, whatever the number of jobs."""
+    if rank_from_environment() == 0:
+        console().print("checking configuration and data, importing NeMo ...", style="dim", highlight=False)
 
 
 def started_world_size() -> int | None:

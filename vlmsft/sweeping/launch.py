@@ -7,6 +7,7 @@ that gives back nothing (vlmsft.plan) has done its work in this process, as with
 from __future__ import annotations
 
 import os
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -130,6 +131,10 @@ class Multirun:
         """Gives each job its number: the one that it has in the ledger, if it is there. Returns what the ledger has."""
         if self._folder is None:
             chosen = jobs[0].cfg.sweep.id
+            if chosen is not None and not re.fullmatch(r"[\w.-]+", str(chosen)):
+                raise UserError(
+                    Problem("sweep.id", repr(chosen), "letters, digits, '_', '-' and '.': it names a folder")
+                )
             id = str(chosen) if chosen is not None else sweep_id_of((job.identity, str(job.cfg.name)) for job in jobs)
             self._folder = Path(absolute_path(SWEEPS_DIR), id)
         known = Ledger(self._folder).jobs() if (self._folder / FILE).is_file() else []
