@@ -1,6 +1,6 @@
 """What launching costs beside NeMo-Run's own cost: a sweep's start, and each job of it.
 
-    python benchmarks/launch_overhead.py [--jobs 100]
+    python benchmarks/launch_overhead.py [--jobs 100] [--slurm 16]
 
 Sweep: `vlmsft.train -m` of the demo with --jobs learning rates, up to the point where the first job would start: all
 composed, checked, translated, written into ledger and run folders, packaged by NeMo-Run. NeMo's import, once a sweep,
@@ -9,6 +9,9 @@ is told apart. It must stay under 20 s beside it.
 Job: --jobs commands that do nothing (`true`), 8 at a time, with the record in their run folders (config, state of the
 code, fingerprint of the data), against the same commands submitted by NeMo-Run's Experiment alone, in the same process.
 Beyond NeMo-Run's cost it may be 100 ms.
+
+Slurm: --slurm of these commands through a real Slurm on loopback (tests/slurm/cluster.py; as root, 0 = left out), up to
+the last one's submission, against the Experiment's. Beyond NeMo-Run's cost it may be 150 ms a job.
 
 Prints Markdown, wall time and this process's CPU time: on a machine that others use too, the latter tells more.
 """
@@ -27,7 +30,7 @@ from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
-SWEEP_SECONDS, JOB_SECONDS = 20.0, 0.1
+SWEEP_SECONDS, JOB_SECONDS, SLURM_JOB_SECONDS = 20.0, 0.1, 0.15
 Spent = tuple[float, float]
 """Seconds: wall, CPU."""
 
@@ -85,10 +88,51 @@ def ours(rows: list, folder: str, max_parallel: int) -> dict[str, int]:
     return {state: states.count(state) for state in set(states)}
 
 
+@contextlib.contextmanager
+def on_slurm(rows: list) -> Iterator[list]:
+    """The same jobs for a cluster that lives inside the `with`."""
+    sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "slurm"))
+    import nemo_run as run
+    from cluster import ACCOUNT, Cluster
+
+    from vlmsft.sweeping.experiment import frozen
+
+    executor = run.Config(
+        run.SlurmExecutor,
+        account=ACCOUNT,
+        partition="debug",
+        packager=run.Config(run.Packager),
+        poll_estimated_start_time=False,
+    )
+    with (
+        Cluster(Path(tempfile.mkdtemp(prefix="slurm-"), "c")) as cluster,
+        mock.patch.dict(os.environ, cluster.environment),
+    ):
+        yield [replace(row, executor=frozen(executor), is_local=False) for row in rows]
+
+
+def until_submitted(rows: list) -> tuple[Spent, dict[str, int]]:
+    """What vlmsft's scheduler takes up to the last submission, and how the jobs ended."""
+    from vlmsft.sweeping.experiment import SweepExperiment
+
+    wall, cpu = time.perf_counter(), time.process_time()
+    submit, last = SweepExperiment.submit, [0.0, 0.0]
+
+    def submit_and_look(self, *arguments, **keywords):
+        handle = submit(self, *arguments, **keywords)
+        last[:] = time.perf_counter() - wall, time.process_time() - cpu
+        return handle
+
+    with mock.patch.object(SweepExperiment, "submit", submit_and_look):
+        states = ours(rows, "runs/sweeps/slurm", len(rows))
+    return (last[0], last[1]), states
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--jobs", type=int, default=100)
-    num_jobs = parser.parse_args().jobs
+    parser.add_argument("--slurm", type=int, default=16)
+    num_jobs, num_slurm = parser.parse_args().jobs, parser.parse_args().slurm
     spent: dict[str, Spent] = {}
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
@@ -106,6 +150,11 @@ def main() -> None:
                 nemo_run_alone(alone)
             with measured(spent, "ours"):
                 states = ours(rows, "runs/sweeps/noop", 8)
+            if num_slurm:
+                with on_slurm(rows[:num_slurm]) as submitted:
+                    with measured(spent, "Slurm alone"):
+                        nemo_run_alone(submitted)
+                    spent["Slurm ours"], states_on_slurm = until_submitted(submitted)
     print(f"\n{num_jobs} jobs; seconds\n\n| | wall | CPU | limit |\n|---|---|---|---|")
     line("NeMo's import, once", spent["NeMo's import"])
     line(f"a sweep of {num_jobs} composed, checked, in its ledger, packaged", spent["sweep"], f"{SWEEP_SECONDS:.0f}")
@@ -115,7 +164,15 @@ def main() -> None:
     line("a local job, NeMo-Run alone", of_alone)
     line("a local job, vlmsft, 8 at a time, to its end", of_ours)
     line("difference", [ours - alone for ours, alone in zip(of_ours, of_alone, strict=True)], f"{JOB_SECONDS}")
+    if num_slurm:
+        of_alone, of_ours = ([each / num_slurm for each in spent[name]] for name in ("Slurm alone", "Slurm ours"))
+        line("a Slurm job, NeMo-Run alone", of_alone)
+        line("a Slurm job, vlmsft, to its submission", of_ours)
+        difference = [ours - alone for ours, alone in zip(of_ours, of_alone, strict=True)]
+        line("difference", difference, f"{SLURM_JOB_SECONDS}")
     print(f"\njobs by state: {states}")
+    if num_slurm:
+        print(f"on Slurm: {states_on_slurm}")
 
 
 def line(name: str, spent: Spent | list[float], limit: str = "") -> None:
