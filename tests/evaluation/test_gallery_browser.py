@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import time
 
 import pytest
 from results_toys import HOSTILE, make, manifest
@@ -141,15 +140,12 @@ def luminance(color: str) -> float:
     return 0.2126 * red + 0.7152 * green + 0.0722 * blue
 
 
-def test_thousands_of_questions_stay_usable(open_page, tmp_path):
+def test_thousands_of_questions_are_not_drawn_at_once(open_page, tmp_path):
+    """Nor when their order changes."""
     path = tmp_path / "gallery.html"
     path.write_text(gallery.html(manifest(), make(tmp_path, num=1500)))
-    start = time.monotonic()
     page = open_page(path)
-    page.wait_for_selector(".card")
-    assert time.monotonic() - start < 10
-    took = page.evaluate(
-        "() => { const start = performance.now(); const sort = document.getElementById('sort'); sort.value = 1;"
-        " sort.dispatchEvent(new Event('change')); return performance.now() - start; }"
-    )
-    assert took < 2000
+    assert page.text_content("#count") == "3000 of 3000" and page.locator(".card").count() < 100
+    page.select_option("#sort", label="biggest difference")
+    page.fill("#text", "質問 14")
+    assert page.text_content("#count") == "268 of 3000" and page.locator(".card").count() < 100
