@@ -98,7 +98,8 @@ def test_the_same_table_from_folders_offline_files_and_the_server(logged):
 
 def test_the_same_curves_and_command(logged):
     first = read_run(logged.folders[3])
-    others = [offline_runs(logged.folders[3])[0], online_runs("team/vlmsft")[3]]
+    uploaded = {run.id: run for run in online_runs("team/vlmsft")}
+    others = [offline_runs(logged.folders[3])[0], uploaded[first.id]]
     for run in others:
         assert (run.command, run.commit, run.sweep_id) == (first.command, first.commit, first.sweep_id)
         assert run.command.startswith("python -m vlmsft.train experiment=demo")

@@ -113,7 +113,8 @@ def test_a_resume_sends_each_row_once(tmp_path, no_login):
     assert [row["_step"] for row in rows] == list(range(9)), "W&B's own step goes on, also without its server"
 
 
-def test_a_resume_sends_what_a_kill_lost(tmp_path, no_login):
+def test_a_resume_sends_what_a_kill_lost(tmp_path, no_login, monkeypatch):
+    monkeypatch.setattr("vlmsft.runtime.wandb.SETTLED_SECONDS", 0.0)
     log_a_run(tmp_path, 0, 5)
     (found,) = logs_of(tmp_path)
     # W&B's file ends after the row of step 2, as if the machine had died

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import re
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -24,6 +25,8 @@ from vlmsft.runtime.wandb_files import WandbLog, has_key, log_files, read_log, s
 logger = logging.getLogger(__name__)
 MOST_CHARACTERS = 128
 """Of a run's id, name and group, and of an artifact's name, at W&B."""
+SETTLED_SECONDS = 20.0
+"""A file without an end that is older has none to come: W&B's writer writes every 15 s."""
 CONFIG_FILES = ("config.yaml", "overrides.yaml", "provenance.json", "diff.patch")
 
 
@@ -256,10 +259,19 @@ def earlier_logs(run_dir: Path, run_id: str) -> list[WandbLog]:
     logs = []
     for path in log_files(run_dir / "wandb"):
         try:
-            logs.append(read_log(path))
+            logs.append(settled_log(path))
         except (OSError, ValueError) as error:
             logger.warning("W&B: %s can't be read, and what it holds may be sent again (%s)", path, error)
     return [log for log in logs if log.run_id == run_id]
+
+
+def settled_log(path: Path) -> WandbLog:
+    """What a file holds when nobody writes it any more: W&B's writer outlives a training that was killed."""
+    log = read_log(path)
+    while log.exit_code is None and time.time() - path.stat().st_mtime < SETTLED_SECONDS:
+        time.sleep(0.5)
+        log = read_log(path)
+    return log
 
 
 def held_names(logs: Sequence[WandbLog]) -> dict[int, set[str]]:
