@@ -157,6 +157,32 @@ def test_an_endpoint_that_is_gone_ends_it_with_answers_kept(run, tmp_path):
         assert len(server.asked) == 50
 
 
+def test_a_judge_that_fails_leaves_scores_missing_until_the_next_start(run, tmp_path, capsys):
+    task = write_task(tmp_path / "t", questions(4), scorers=["judge"])
+    is_broken = True
+
+    def verdict(body, number):
+        text = last_text(body)
+        if is_broken and "question 1" in text:
+            return 500
+        return "no idea" if is_broken and "question 2" in text else "4"
+
+    with scripted(right) as server, scripted(verdict) as judge:
+        options = [f"judge.base_url={judge.url}", "judge.api_key_variable=null", "judge.num_attempts=2"]
+        code, folder = run(*options, models={"a": server.url}, tasks=[str(task)])
+        found = json.loads((folder / "results.json").read_text())["a"]["toy"]["judge"]
+        assert code == 1 and (found["score"], found["num"], found["num_missing"]) == (4, 2, 2)
+        assert "2 scores missing, the last: no verdict in the judge's reply: 'no idea'" in capsys.readouterr().out
+        is_broken = False
+        judge.asked.clear()
+        code, folder = run(*options, models={"a": server.url}, tasks=[str(task)])
+        found = json.loads((folder / "results.json").read_text())["a"]["toy"]["judge"]
+        assert code == 0 and (found["score"], found["num"], found["num_missing"]) == (4, 4, 0)
+        assert len(judge.asked) == 2 and len(server.asked) == 4
+        manifest = json.loads((folder / "manifest.json").read_text())
+        assert manifest["tasks"]["toy"]["judge"]["base_url"] == judge.url
+
+
 def test_questions_that_a_server_refuses_do_not_end_it(run, tmp_path):
     """Too long for the model, say: their own errors, however many in a row; at the next start the others come first."""
     task = write_task(tmp_path / "t", questions(40))
