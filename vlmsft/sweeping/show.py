@@ -23,6 +23,7 @@ from vlmsft.sweeping.schedule import Interrupted, Watcher, read_options, run_job
 
 LAUNCHER_LOG = "launcher.log"
 REFRESH_SECONDS = 1.0
+NOTE_LENGTH = 70
 STYLES = {"running": "cyan", "done": "green", "failed": "red", "infeasible": "yellow", "cancelled": "yellow"}
 
 
@@ -160,10 +161,10 @@ def table_of(ledger: Ledger) -> Table:
     best = best_of(rows, options.objective_mode)
     table = Table(title=f"sweep {ledger.id}: {counted(counts)}", title_justify="left", box=None, pad_edge=False)
     for name in ("job", "what varies", "state"):
-        table.add_column(name, overflow="fold")
+        table.add_column(name, no_wrap=True)
     for name in ("step", "loss", "val loss", "time", f"{options.objective_mode} {options.objective}"):
         table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("note", overflow="ellipsis", no_wrap=True, max_width=60)
+    table.add_column("note")  # the one that gives way in a narrow terminal
     for row in rows:
         progress = progress_of(row.run_dir)
         steps = f"{progress.step}/{row.max_steps}" if row.max_steps is not None else str(progress.step)
@@ -198,7 +199,8 @@ def best_of(rows: Sequence[JobRow], mode: str) -> int | None:
 def note_of(row: JobRow) -> str:
     if row.state == "running" and row.handle is not None:
         return row.handle.rpartition("/")[2]
-    return row.reason.splitlines()[0] if row.reason else ""
+    note = row.reason.splitlines()[0] if row.reason else ""
+    return note if len(note) <= NOTE_LENGTH else f"{note[: NOTE_LENGTH - 1]}…"
 
 
 def number(value: float | None) -> str:
