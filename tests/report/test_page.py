@@ -194,12 +194,12 @@ def test_what_runs_say_is_text(page):
 
 
 def test_copying_a_command(page):
-    """The clipboard itself is left alone: reading it back, Chromium stops to report changes of the colour scheme."""
+    """Into the clipboard, or selected where that is not allowed; the clipboard itself is left alone."""
     command = "python -m vlmsft.train optim.max_lr=1e-05 'note=plain'"
-    page.evaluate("navigator.clipboard.writeText = async (text) => { window.copied = text; }")
+    page.evaluate("() => { navigator.clipboard.writeText = async (text) => { window.copied = text; }; }")
     page.locator(".copy").first.click()
     assert page.wait_for_function("window.copied").json_value() == command
-    page.evaluate("navigator.clipboard.writeText = async () => { throw new Error('not allowed'); }")
+    page.evaluate("() => { navigator.clipboard.writeText = async () => { throw new Error(); }; }")
     page.locator(".copy").first.click()
     assert page.wait_for_function("getSelection().toString()").json_value() == command
 

@@ -29,7 +29,8 @@
 
   const prefersDark = matchMedia("(prefers-color-scheme: dark)");
   const root = document.documentElement;
-  const theme = () => root.dataset.theme || (prefersDark.matches ? "dark" : "light");
+  let isDark = prefersDark.matches; // kept: Chromium drops a change whose new value was read before its event
+  const theme = () => root.dataset.theme || (isDark ? "dark" : "light");
 
   function showTheme() {
     byId("theme").textContent = theme() === "dark" ? "Light" : "Dark";
@@ -341,7 +342,10 @@
     root.dataset.theme = theme() === "dark" ? "light" : "dark";
     showTheme();
   });
-  prefersDark.addEventListener("change", showTheme);
+  prefersDark.addEventListener("change", (event) => {
+    isDark = event.matches;
+    showTheme();
+  });
   showTheme();
   showChosen();
 
