@@ -167,6 +167,21 @@ def test_in_a_notebook_or_a_capture(tmp_path, capsys):
     assert not is_quiet()
 
 
+@pytest.mark.parametrize("by_srun", [False, True])
+def test_the_pseudo_terminal_of_srun_is_none(monkeypatch, by_srun):
+    """It ends in a log file, where a progress bar's control characters make no sense."""
+    from vlmsft.runtime import logging as run_logging
+
+    monkeypatch.setattr(run_logging, "_console", None)
+    if by_srun:
+        monkeypatch.setenv("SLURM_UNBUFFEREDIO", "1")
+    ours, theirs = os.openpty()
+    with os.fdopen(theirs, "w") as terminal:
+        monkeypatch.setattr(sys, "stdout", terminal)
+        assert console().is_terminal is not by_srun
+    os.close(ours)
+
+
 @pytest.mark.parametrize(
     ("environment", "rank"),
     [({}, 0), ({"RANK": "3", "LOCAL_RANK": "1"}, 3), ({"LOCAL_RANK": "1"}, 1), ({"SLURM_PROCID": "5"}, 5)],

@@ -43,8 +43,16 @@ def console() -> Console:
     global _console
     file = _real_stdout or sys.stdout
     if _console is None or _console.file is not file:
-        _console = Console(file=file) if file.isatty() else Console(file=file, width=160, soft_wrap=True)
+        if _is_terminal(file):
+            _console = Console(file=file)
+        else:
+            _console = Console(file=file, width=160, soft_wrap=True, force_terminal=False)
     return _console
+
+
+def _is_terminal(file: TextIO) -> bool:
+    # with this variable, which NeMo-Run's batch scripts set, srun gives its tasks a pseudo terminal that ends in a file
+    return file.isatty() and "SLURM_UNBUFFEREDIO" not in os.environ
 
 
 def rank_from_environment() -> int:
