@@ -123,7 +123,7 @@ def register_resolvers() -> None:
         "folder_of": lambda path: os.path.dirname(path),
         "last_part_of": lambda path: os.path.basename(path.rstrip("/")),
         "dtype_of": dtype_of,
-        "first_of": lambda *values: next((value for value in values if value is not None), None),
+        "first_of": lambda *values: next((str(value) for value in values if value is not None), None),
     }
     for name, function in resolvers.items():
         OmegaConf.register_new_resolver(name, function, replace=True)
