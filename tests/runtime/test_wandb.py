@@ -182,7 +182,7 @@ def test_a_checkpoint_is_uploaded_when_asked(tmp_path, no_login, caplog, asked, 
     folder.mkdir(parents=True)
     (folder / "weights.bin").write_bytes(b"1")
     callback = ModelCheckpoint(tmp_path)
-    callback.last_model_path = str(folder)  # and no best one
+    callback.last_model_path = f"{folder}.ckpt"  # as NeMo has it; and no best one
     logger = RunLogger("p", "1", tmp_path, checkpoints=asked)
     logger.log_row({"step": 1.0, "loss": 0.5})
     logger.after_save_checkpoint(callback)

@@ -227,17 +227,15 @@ class RunLogger(WandbLogger):
         import wandb
 
         path = callback.best_model_path if self._checkpoints == "best" else callback.last_model_path
-        if not path or not Path(path).exists():
+        path = path.removesuffix(".ckpt")  # NeMo's callback adds it to the names of its folders
+        if not path or not Path(path).is_dir():
             logger.warning("W&B: no %s checkpoint to upload", self._checkpoints)
             return
         artifact = wandb.Artifact(  # pyright: ignore[reportAttributeAccessIssue]
             artifact_name("model", self._run_id), type="model", metadata={"checkpoint": Path(path).name}
         )
         # immutable: else W&B copies a checkpoint of some hundred GB into its own folder first
-        if Path(path).is_dir():
-            artifact.add_dir(path, policy="immutable", skip_cache=True)
-        else:
-            artifact.add_file(path, policy="immutable", skip_cache=True)
+        artifact.add_dir(path, policy="immutable", skip_cache=True)
         self.experiment.log_artifact(artifact, aliases=[str(self._checkpoints), "latest"])
 
 
