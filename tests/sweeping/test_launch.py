@@ -77,7 +77,7 @@ def test_a_sweep_to_its_end_and_typed_again(run, tmp_path):
 @pytest.mark.nemo
 def test_a_sweeper_that_reads_what_jobs_returned(run, tmp_path):
     sweeper = "hydra.sweeper._target_=hydra_plugins.toy_sweeper.ToySweeper"
-    code, output = train(run, sweeper, "~hydra.sweeper.max_batch_size", "~hydra.sweeper.params")
+    code, output = train(run, sweeper)
     assert code == 0, output
     assert json.loads((tmp_path / "tried.json").read_text()) == {"1.0": 4.0, "4.0": 1.0, "3.5": 0.25, "4.5": 2.25}
     ledger = the_sweep(tmp_path)

@@ -9,6 +9,8 @@ from hydra.plugins.sweeper import Sweeper
 
 
 class ToySweeper(Sweeper):
+    def __init__(self, **keys_of_the_basic_one) -> None: ...
+
     def setup(self, *, hydra_context, task_function, config) -> None:
         from hydra.core.plugins import Plugins
 
