@@ -131,7 +131,8 @@ def run_jobs(
     """Runs those of the jobs `nums` that are pending, until all are over. Raises Interrupted."""
     watcher = Watcher() if watcher is None else watcher
     with only_launcher(ledger.folder), _signals():
-        rows = [row for row in settle(ledger, nums) if row.state in ("pending", "running")]
+        settled = settle_submitted(ledger, settle(ledger, nums))
+        rows = [row for row in settled if row.state in ("pending", "running")]
         if not any(row.state == "pending" for row in rows):
             _follow(Loop(ledger, options, rows, None, watcher))
             return
@@ -168,6 +169,18 @@ def settle(ledger: Ledger, nums: Sequence[int] | None = None) -> list[JobRow]:
             now = as_reported(row, starting_seconds=0)
             settled.append(row if now.state == row.state else write_end(ledger, row, now))
     return settled
+
+
+def settle_submitted(ledger: Ledger, rows: list[JobRow]) -> list[JobRow]:
+    """The rows, of which those that somebody cancelled at the executor, when no launcher looked, are pending again."""
+    submitted = [row for row in rows if row.state == "running" and not row.is_local and row.handle is not None]
+    if not submitted:
+        return rows
+    from vlmsft.sweeping.experiment import Submitted
+
+    said = Submitted(ledger.folder).states(submitted)
+    lost = {row.num for row in submitted if row.num in said and said[row.num][0] in ("interrupted", "again")}
+    return [write_end(ledger, row, ended(row, 143)) if row.num in lost else row for row in rows]
 
 
 def write_end(ledger: Ledger, row: JobRow, now: JobRow) -> JobRow:
