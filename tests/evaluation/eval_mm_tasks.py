@@ -1,5 +1,7 @@
 """Tasks and a scorer for llm-jp-eval-mm, as a user would write them. Runs in its environment: nothing of vlmsft."""
 
+import os
+
 from datasets import Dataset
 from eval_mm.metrics.scorer import AggregateOutput, Scorer
 from eval_mm.tasks.task import Task
@@ -62,5 +64,10 @@ class Broken(Colors):
         raise FileNotFoundError("Dataset not found. Please prepare it.")
 
 
-TASKS = {"colors": Colors, "broken": Broken}
+class Deadly(Colors):
+    def _prepare_dataset(self):
+        os._exit(3)
+
+
+TASKS = {"colors": Colors, "broken": Broken, "deadly": Deadly}
 SCORERS = {"length": Length}

@@ -97,6 +97,12 @@ def evaluated(tmp_path_factory, settings, judge):
     return Evaluated(tmp_path_factory.mktemp("evaluation"), settings, judge)
 
 
+def test_a_driver_that_dies_is_an_error(settings):
+    """First in this file: those that follow show that another one goes on."""
+    with pytest.raises(UserError, match=r"deadly: found an end with 3"):
+        eval_mm.describe(task("deadly"), settings)
+
+
 def test_it_lives_apart_without_torch(environment, evaluated):
     installed = environment_of(environment).folder / "venv" / "lib" / "python3.12" / "site-packages"
     names = {path.name for path in installed.iterdir()}
@@ -157,8 +163,11 @@ def test_only_missing_verdicts_are_asked_for_again(evaluated):
 
 
 def test_a_task_that_fails_is_an_error_that_says_what_it_said(settings):
-    with pytest.raises(UserError, match=r"Dataset not found\. Please prepare it"):
+    expected = r"broken: found FileNotFoundError: Dataset not found\. Please prepare it\. \(eval_mm_tasks\.py:\d+\)"
+    with pytest.raises(UserError, match=expected):
         eval_mm.describe(task("broken"), settings)
+    with pytest.raises(UserError, match=r"ValueError: Task 'colour' is not supported"):
+        eval_mm.describe(task("colour"), settings)
 
 
 def test_one_of_its_own_tasks_with_pictures_in_parquet(tmp_path, monkeypatch, settings):

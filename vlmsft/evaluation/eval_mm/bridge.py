@@ -63,27 +63,39 @@ def _converse(python: Path, request: dict[str, Any], answer: Callable[[dict[str,
     answer: what is to be said to a line, None for nothing
     """
     driver = _driver(python)
-    what = str(request.get("samples") or request.get("scores"))
+    where = f"llm-jp-eval-mm, {request.get('samples') or request.get('scores')}"
     try:
-        driver.send(request)
-        for line in driver.lines():
-            if "done" in line:
-                return line["done"]
-            if "error" in line:
-                raise _failure(what, "an error", line["error"])
-            reply = answer(line)
-            if reply is not None:
-                driver.send(reply)
-        raise _failure(what, f"an end with {driver.code()}", driver.said())
+        last = _talk(driver, request, answer)
     except BaseException:
         driver.end()
         raise
+    if last is None:
+        problem = Problem(where, _end(driver), "its result")
+        driver.end()
+        raise UserError(problem)
+    if "error" in last:
+        raise UserError(Problem(where, last["error"], "its result"))
+    return last["done"]
 
 
-def _failure(what: str, found: str, said: str) -> UserError:
-    """With the last lines of what it said."""
-    block = "\n".join(f"    {line}" for line in said.rstrip().splitlines()[-SHOWN_LINES:])
-    return UserError(Problem(f"llm-jp-eval-mm, {what}", f"{found}:\n{block}\n   ", "its result"))
+def _talk(
+    driver: _Driver, request: dict[str, Any], answer: Callable[[dict[str, Any]], dict[str, Any] | None]
+) -> dict[str, Any] | None:
+    """The driver's last line; None where it ended before."""
+    driver.send(request)
+    for line in driver.lines():
+        if "done" in line or "error" in line:
+            return line
+        reply = answer(line)
+        if reply is not None:
+            driver.send(reply)
+    return None
+
+
+def _end(driver: _Driver) -> str:
+    """How it ended, and the last lines of what it said."""
+    block = "\n".join(f"    {line}" for line in driver.said().rstrip().splitlines()[-SHOWN_LINES:])
+    return f"an end with {driver.code()}:\n{block}\n   "
 
 
 # --- the process ------------------------------------------------------------------------------------------------------

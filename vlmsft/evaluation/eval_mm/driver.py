@@ -47,8 +47,15 @@ def main() -> None:
                 write({"done": {"versions": versions()}})
             else:
                 write({"done": scores(request, write)})
-        except Exception:  # whatever a task's or a scorer's code raises
-            write({"error": traceback.format_exc(limit=-3)})
+        except Exception as error:  # whatever a task's or a scorer's code raises
+            write({"error": told(error, request["tasks_file"])})
+
+
+def told(error: Exception, tasks_file: str | None) -> str:
+    """One line, and where in the user's own file it came from."""
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == tasks_file]
+    where = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
+    return " ".join(f"{type(error).__name__}: {error}".split()) + where
 
 
 def own(request: dict[str, Any], name: str) -> dict[str, Any]:
