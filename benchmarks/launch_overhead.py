@@ -30,6 +30,8 @@ from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
+from vlmsft.runtime.logging import console
+
 SWEEP_SECONDS, JOB_SECONDS, SLURM_JOB_SECONDS = 20.0, 0.1, 0.15
 Spent = tuple[float, float]
 """Seconds: wall, CPU."""
@@ -40,13 +42,14 @@ def measured(into: dict[str, Spent], name: str) -> Iterator[None]:
     wall, cpu = time.perf_counter(), time.process_time()
     yield
     into[name] = (time.perf_counter() - wall, time.process_time() - cpu)
+    console().print(f"{name}: {into[name][0]:.1f} s, {into[name][1]:.1f} s of the CPU")
 
 
-def launch_sweep(num_jobs: int, dry_run: bool = True) -> None:
+def launch_sweep(num_jobs: int) -> None:
     from vlmsft import train
 
     rates = ",".join(f"{1e-3 + number * 1e-6:.6f}" for number in range(num_jobs))
-    words = ["experiment=demo", f"optim.max_lr={rates}", f"hydra.launcher.dryrun={str(dry_run).lower()}"]
+    words = ["experiment=demo", f"optim.max_lr={rates}", "hydra.launcher.dryrun=true"]
     command = mock.patch.object(sys, "argv", ["train", "-m", *words, "sweep.id=bench"])
     with command, contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()):
         train.main()
@@ -57,7 +60,7 @@ def noop_rows(num_jobs: int) -> list:
     from vlmsft.sweeping.ledger import Ledger
 
     rows = Ledger("runs/sweeps/bench").jobs()[:num_jobs]
-    return [replace(row, command=["true", ""]) for row in rows]
+    return [replace(row, command=["true", "-"]) for row in rows]
 
 
 def nemo_run_alone(rows: list) -> None:
@@ -159,7 +162,7 @@ def main() -> None:
     line("NeMo's import, once", spent["NeMo's import"])
     line(f"a sweep of {num_jobs} composed, checked, in its ledger, packaged", spent["sweep"], f"{SWEEP_SECONDS:.0f}")
     of_alone, of_ours = (
-        [each / number for each in spent[name]] for name, number in (("alone", 64), ("ours", num_jobs))
+        [each / number for each in spent[name]] for name, number in (("alone", len(alone)), ("ours", num_jobs))
     )
     line("a local job, NeMo-Run alone", of_alone)
     line("a local job, vlmsft, 8 at a time, to its end", of_ours)
