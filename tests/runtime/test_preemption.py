@@ -46,6 +46,24 @@ def test_a_checkpoint_of_the_step_that_was_done(toy_trainer, tmp_path, noted):
     assert signal.getsignal(signal.SIGTERM) is ours
 
 
+def test_a_resume_validates_where_the_uninterrupted_run_would(toy_trainer, tmp_path, noted):
+    class Validations(pl.Callback):
+        steps: list[int]
+
+        def on_validation_end(self, trainer, pl_module) -> None:
+            self.steps.append(trainer.global_step)
+
+    seen = Validations()
+    seen.steps = []
+    checkpoint = pl.callbacks.ModelCheckpoint(tmp_path, save_last=True, monitor=None, every_n_train_steps=100)
+    options = {"enable_checkpointing": True, "max_steps": 8, "val_check_interval": 4}
+    with pytest.raises(SystemExit):
+        toy_trainer(TermAt(1), Preemption(), checkpoint, **options).fit(ToyModel(), ToyData())
+    resumed = toy_trainer(Preemption(), seen, **options)
+    resumed.fit(ToyModel(), ToyData(), ckpt_path=tmp_path / "last.ckpt")
+    assert resumed.global_step == 8 and seen.steps == [4, 8]
+
+
 def test_without_a_signal_nothing_changes(toy_trainer, noted):
     trainer = toy_trainer(Preemption(), max_steps=8)
     ours = signal.getsignal(signal.SIGTERM)

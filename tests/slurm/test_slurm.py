@@ -129,6 +129,7 @@ def test_a_sweep_that_loses_jobs_and_launcher(launchpad: Launchpad):
     rows = ledger_of(launchpad).jobs()
     assert code == 0 and [row.state for row in rows] == ["done"] * 4, output + more
     for row in rows:
+        assert row.objective is not None, f"job {row.num} was validated at its end, wherever it was interrupted"
         assert steps(Path(row.run_dir)) == list(range(1, NUM_STEPS + 1)), f"job {row.num} did each step once"
     submissions = launchpad.cluster.jobs()
     assert sum(state == "CANCELLED" for state, _ in submissions.values()) == 1

@@ -58,6 +58,8 @@ class Preemption(pl.Callback):
         if not self._any_rank_received(trainer):
             return
         logger.info("SIGTERM: saving a checkpoint after step %d, then stopping", trainer.global_step)
+        # Lightning counts the batch after this hook: without it, a resume would validate one step late
+        trainer.fit_loop.epoch_loop.batch_progress.increment_completed()
         checkpoint: Any = trainer.checkpoint_callback
         if checkpoint is not None:
             checkpoint._save_last_checkpoint(trainer, checkpoint._monitor_candidates(trainer))
