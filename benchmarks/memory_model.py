@@ -285,7 +285,8 @@ class Trainer:
             bf16=self.on_gpu,
         )
         parts = {name: value / GIB for name, value in vars(estimate).items()}
-        whole = {"estimated_gib": estimate.training / GIB, "estimated_device_gib": estimate.device / GIB}
+        in_training = max(estimate.training, estimate.stepping)
+        whole = {"estimated_gib": in_training / GIB, "estimated_device_gib": estimate.device / GIB}
         return {**whole, **{f"estimated_{name}_gib": value for name, value in parts.items()}}
 
 
