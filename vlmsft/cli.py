@@ -300,7 +300,7 @@ def _unknown_key(base: DictConfig, loader, override: Override) -> Problem:
     shown = [child for child in siblings if not child.startswith("_") and child != "hydra"]
     groups = [group for group in loader.get_group_options("", results_filter=ObjectType.GROUP)] if not parent else []
     hint = _nearest_path(parent, name, shown + groups, base)
-    value = "" if override.is_delete() else f" (={override.get_value_element_as_str()})"
+    value = "" if override.is_delete() else f" (={str(override.input_line).partition('=')[2]})"
     expected = f"a key of {parent}" if shown and parent else "a key of the configuration"
     if shown and parent and not hint:
         expected += f": {', '.join(shown)}"

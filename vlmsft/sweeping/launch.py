@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from vlmsft.train import Start
 
 SWEEPS_DIR = "runs/sweeps"
+LOADER, DUMPER = getattr(yaml, "CSafeLoader", yaml.SafeLoader), getattr(yaml, "CSafeDumper", yaml.SafeDumper)
+"""libyaml's where PyYAML has it: ten times as fast."""
 _exit_code = 0
 
 
@@ -265,7 +267,7 @@ def row_of(num: int, identity: str, overrides: list[str], start: Start, gpus_per
     if executor is None and start.num_processes > 1:
         executor = torchrun_executor(start.num_processes)
     record = {
-        "config_yaml": yaml.safe_dump(scrubber.tree(yaml.safe_load(start.config_yaml)), sort_keys=False),
+        "config_yaml": yaml.dump(scrubber.tree(yaml.load(start.config_yaml, LOADER)), Dumper=DUMPER, sort_keys=False),
         "overrides": [scrubber.override(word) for word in start.overrides],
         "image_folders": start.image_folders,
     }
