@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 LOCK_FILE = "launcher.lock"
 POLL_SECONDS = 0.2
 SLURM_POLL_SECONDS = 5.0
+COMPLETING, COMPLETING_SECONDS = "COMPLETING", 60.0  # Slurm's word, and what such a job is waited for
 LEDGER_POLL_SECONDS = 1.0
 UNKNOWN_SECONDS = 300.0
 """After which a submitted job that nobody can tell of is given up."""
@@ -178,7 +179,12 @@ def settle_submitted(ledger: Ledger, rows: list[JobRow]) -> list[JobRow]:
         return rows
     from vlmsft.sweeping.experiment import Submitted
 
-    said = Submitted(ledger.folder).states(submitted)
+    others = Submitted(ledger.folder)
+    said = others.states(submitted)
+    deadline = time.monotonic() + COMPLETING_SECONDS
+    while any(word == COMPLETING for _, _, word in said.values()) and time.monotonic() < deadline:
+        time.sleep(SLURM_POLL_SECONDS)  # its tasks are ending; Slurm kills them after its KillWait
+        said = others.states(submitted)
     lost = {row.num for row in submitted if row.num in said and said[row.num][0] in ("interrupted", "again")}
     return [write_end(ledger, row, ended(row, 143)) if row.num in lost else row for row in rows]
 
