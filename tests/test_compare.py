@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pty
 import select
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from config_cases import compose
+from score_cases import manifest
 
 from vlmsft.compare import compare, find
 from vlmsft.config_files import root
@@ -79,6 +81,7 @@ def test_what_is_missing_is_named_and_the_rest_shown(runs, capsys):
         (["runs=all", "format=html"], "format: found 'html', expected one of table, csv, markdown"),
         (["runs=all", "watch=true", "watch_seconds=0"], "watch_seconds: found 0"),
         (["runs=all", "watch=often"], "watch: found 'often', expected true or false"),
+        (["runs=all", "force=a bit"], "force: found 'a bit', expected true or false"),
         (["runs=all", "sort=loss"], "sort: found 'loss'"),
         (["sweep=1"], "sweep: found '1', expected a sweep below"),
     ],
@@ -108,6 +111,23 @@ def test_a_report(runs, tmp_path, capsys):
     compare(config(runs, "runs=all", f"report={tmp_path}/report.html"))
     assert "<html" in (tmp_path / "report.html").read_text()
     assert f"report: {tmp_path}/report.html" in capsys.readouterr().out
+
+
+def test_scores_that_were_made_otherwise_are_neither_in_the_table_nor_in_the_report(runs, tmp_path, capsys):
+    for id, score, limit in (("a", 12.5, 4), ("b", 87.5, 5)):
+        tree = {"manifest": manifest(limit=limit), "scores": {"sample": {"exact": {"score": score}}}}
+        (runs / "demo" / id / "evaluation").mkdir()
+        (runs / "demo" / id / "evaluation" / "1.json").write_text(json.dumps(tree))
+    compare(config(runs, "runs=all", "format=csv", f"report={tmp_path}/one.html"))
+    out, err = capsys.readouterr()
+    assert "sample/exact" in out and "12.5" in out and "87.5" not in out
+    assert "demo/b: scores of sample not shown: made otherwise than those of demo/a (limit: 5 / 4)" in err
+    page = (tmp_path / "one.html").read_text()
+    assert "12.5" in page and "87.5" not in page and "made otherwise than those of demo/a" in page
+    compare(config(runs, "runs=all", "format=csv", "force=true", f"report={tmp_path}/two.html"))
+    out, err = capsys.readouterr()
+    assert "12.5" in out and "87.5" in out and "demo/b: scores of sample shown although" in err
+    assert "87.5" in (tmp_path / "two.html").read_text()
 
 
 def command(runs, *overrides):

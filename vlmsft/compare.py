@@ -76,8 +76,9 @@ def raise_wrong_values(cfg: DictConfig) -> None:
         problems.append(Problem("format", repr(cfg.format), f"one of {', '.join(FORMATS)}"))
     if not isinstance(cfg.watch_seconds, (int, float)) or cfg.watch_seconds <= 0:
         problems.append(Problem("watch_seconds", repr(cfg.watch_seconds), "seconds, more than 0"))
-    if not isinstance(cfg.watch, bool):
-        problems.append(Problem("watch", repr(cfg.watch), "true or false"))
+    for key in ("watch", "force"):
+        if not isinstance(cfg[key], bool):
+            problems.append(Problem(key, repr(cfg[key]), "true or false"))
     for key in ("output", "report", "plots"):
         if cfg[key] is not None and os.path.lexists(cfg[key]):
             problems.append(Problem(key, f"{cfg[key]}, which exists", "a new name: nothing is overwritten"))
@@ -98,8 +99,11 @@ def find(cfg: DictConfig) -> Found:
     if not runs:
         where = cfg.wandb or cfg.runs_dir
         raise UserError(problems or Problem("runs", "no run", f"runs in {where}"), "there is nothing to show")
+    from vlmsft.report.scores import with_comparable_scores
+
+    runs = with_comparable_scores(runs, cfg.force)
     notes = [f"{run.label}: {note}" for run in runs for note in run.notes]
-    return Found(runs, [*map(str, problems), *notes, *_offline(runs)])
+    return Found(runs, [*map(str, problems), *notes, *_unchecked(runs), *_offline(runs)])
 
 
 def _of_folders(cfg: DictConfig) -> tuple[list[RunRecord], list[Problem]]:
@@ -124,6 +128,15 @@ def _of_wandb(cfg: DictConfig) -> tuple[list[RunRecord], list[Problem]]:
     if os.path.isdir(cfg.wandb):
         return wandb_runs.offline_runs(Path(os.path.abspath(cfg.wandb)), group), []
     return wandb_runs.online_runs(cfg.wandb, group), []
+
+
+def _unchecked(runs: Sequence[RunRecord]) -> list[str]:
+    """Scores that W&B has, which doesn't say how they were made."""
+    from vlmsft.report.record import METRICS
+
+    scored = [run for run in runs if not run.evaluations and any(name not in METRICS for name in run.metrics)]
+    says = "W&B doesn't say how evaluation scores were made; runs=... of the run folders compares only those made alike"
+    return [says] if len(scored) > 1 else []
 
 
 def _offline(runs: Sequence[RunRecord]) -> list[str]:

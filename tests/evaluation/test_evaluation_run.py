@@ -276,7 +276,9 @@ def test_a_dry_run_counts_and_asks_nothing(run, tmp_path, monkeypatch, capsys):
     assert 2000 < int(table[1][5].replace(",", "")) < 10000, "about 300 tokens each, the instructions' most of all"
 
 
-def test_scores_are_written_to_the_runs_of_checkpoints(tmp_path):
+@pytest.fixture
+def written(tmp_path):
+    """Writes a score to the run of a checkpoint; gives what then is in its folder."""
     from evaluation_toys import settings
 
     from vlmsft.evaluation.models import Model, Serve
@@ -287,14 +289,51 @@ def test_scores_are_written_to_the_runs_of_checkpoints(tmp_path):
     serve = Serve("cpu", "auto", None, 1, 1)
     plan = Plan(models, [], settings(), serve, 1, "demo", None, tmp_path, False, True, False)
     manifest = {"id": "abc", "generation": {}, "models": {"demo": {"engine": "e"}, "u": {}}}
-    numbers = {"score": 1.0, "num": 2, "num_missing": 0, "interval": [0, 1]}
-    write_to_runs(plan, manifest, {"demo": {"t": {"m": numbers}}, "u": {"t": {"m": numbers}}})
-    content = json.loads((run_dir / "evaluation" / "abc.json").read_text())
-    assert content == {
+
+    def written(score):
+        numbers = {"score": score, "num": 2, "num_missing": 0, "interval": [0, 1]}
+        write_to_runs(plan, manifest, {"demo": {"t": {"m": numbers}}, "u": {"t": {"m": numbers}}})
+        return json.loads((run_dir / "evaluation" / "abc.json").read_text())
+
+    return written
+
+
+def test_scores_are_written_to_the_runs_of_checkpoints(written, capsys):
+    assert written(1.0) == {
         "id": "abc",
         "manifest": {"id": "abc", "generation": {}, "model": {"engine": "e"}},
         "scores": {"t": {"m": {"score": 1.0, "num": 2, "num_missing": 0}}},
+        "in_wandb": False,
     }
+    assert capsys.readouterr().err == ""
+
+
+def test_scores_go_to_wandb_once_and_its_failure_is_only_named(written, monkeypatch, capsys):
+    from vlmsft.runtime import wandb_scores
+
+    logged = []
+
+    def fail(run_dir, scores):
+        raise ConnectionError("no route\nto host")
+
+    def log(run_dir, scores):
+        logged.append((Path(run_dir).name, scores["t"]["m"]["score"]))
+        return True
+
+    monkeypatch.setattr(wandb_scores, "log_scores", fail)
+    assert written(1.0)["in_wandb"] is False
+    assert "demo: its scores are not in W&B (no route); the same command logs them" in capsys.readouterr().out
+    monkeypatch.setattr(wandb_scores, "log_scores", log)
+    for score in (1.0, 1.0, 2.0):
+        assert written(score)["in_wandb"] is True
+    assert logged == [("1", 1.0), ("1", 2.0)]
+
+
+def test_a_run_folder_that_can_not_be_written_is_named(written, tmp_path, capsys):
+    (tmp_path / "runs").write_text("")
+    with pytest.raises(OSError):
+        written(1.0)
+    assert "demo: its scores are not in its run's folder" in capsys.readouterr().out
 
 
 def test_one_evaluate_at_a_time_in_a_folder(run, tmp_path):

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from vlmsft.report.record import RunRecord
+from score_cases import manifest
+
+from vlmsft.report.record import Evaluation, RunRecord
 from vlmsft.report.runs import curves
 
 DATA = Path(__file__).parent / "data"
@@ -19,6 +23,26 @@ def sweep(tmp_path: Path) -> list[Path]:
     return sorted((tmp_path / "runs" / "lr_tp").iterdir())
 
 
-def made_up(id: str, config: dict | None = None, state: str = "done", **metrics: float | None) -> RunRecord:
+def made_up(
+    id: str,
+    config: dict | None = None,
+    state: str = "done",
+    evaluations: Sequence[Evaluation] = (),
+    **metrics: float | None,
+) -> RunRecord:
     """A record without files."""
-    return RunRecord("demo", id, f"/runs/demo/{id}", state, config or {}, metrics, curves=lambda: curves([]))
+    return RunRecord(
+        "demo",
+        id,
+        f"/runs/demo/{id}",
+        state,
+        config or {},
+        metrics,
+        curves=lambda: curves([]),
+        evaluations=tuple(evaluations),
+    )
+
+
+def evaluation(score: float, tasks: Sequence[str] = ("sample",), **facts: Any) -> Evaluation:
+    """Of one metric; facts: what `manifest` takes."""
+    return Evaluation("0", manifest(tasks, **facts), {task: {"rouge": score} for task in tasks})

@@ -12,6 +12,7 @@ import pytest
 from config_cases import compose_command
 from omegaconf import OmegaConf
 from report_cases import sweep
+from score_cases import manifest
 
 from vlmsft.errors import UserError
 from vlmsft.report.runs import FRESH_SECONDS, named_folders, read_run, run_folders, sweep_runs
@@ -87,16 +88,22 @@ def test_scores_of_evaluations(tmp_path):
     folder = sweep(tmp_path)[0]
     (folder / "evaluation").mkdir()
     for name, age, score in (("b", 10, 0.25), ("a", 0, 0.75)):
-        tree = {"id": name, "scores": {"heron": {"judge": {"score": score, "num": 3, "num_missing": 0}}}}
+        scores = {"heron": {"judge": {"score": score, "num": 3, "num_missing": 0}}}
+        tree = {"id": name, "manifest": manifest(["heron"]), "scores": scores}
         path = folder / "evaluation" / f"{name}.json"
         path.write_text(json.dumps(tree))
         os.utime(path, (time.time() - age, time.time() - age))
-    assert read_run(folder).metrics["heron/judge"] == 0.75, "the newest"
     (folder / "evaluation" / "c.json").write_text('{"scores": [1]}')
     (folder / "evaluation" / "d.json").write_text('{"sco')
+    (folder / "evaluation" / "e.json").write_text(json.dumps({"manifest": {}, "scores": scores}))
     run = read_run(folder)
-    assert run.metrics["heron/judge"] == 0.75
-    assert [note.partition(":")[0] for note in run.notes] == ["evaluation/c.json", "evaluation/d.json"]
+    assert [(each.id, each.scores) for each in run.evaluations] == [
+        ("b", {"heron": {"judge": 0.25}}),
+        ("a", {"heron": {"judge": 0.75}}),
+    ], "oldest first"
+    assert run.evaluations[0].manifest == manifest(["heron"])
+    named = ["evaluation/c.json", "evaluation/d.json", "evaluation/e.json"]
+    assert [note.partition(":")[0] for note in run.notes] == named
 
 
 # --- what may happen to a folder --------------------------------------------------------------------------------------

@@ -13,10 +13,12 @@ from pathlib import Path
 
 import pytest
 from report_cases import sweep
+from score_cases import manifest
 from wandb_server import KEY, Server
 
 from vlmsft.errors import UserError
 from vlmsft.report.runs import read_run
+from vlmsft.report.scores import with_comparable_scores
 from vlmsft.report.table import as_csv, run_table
 from vlmsft.report.wandb_runs import merged, offline_runs, online_runs
 from vlmsft.runtime.wandb_files import log_files, read_log, sync_command, unsynced_folders
@@ -62,7 +64,9 @@ def logged(tmp_path_factory):
                 wandb.finish()
         scores = {"heron": {"judge": {"score": 0.1234567, "num": 3, "num_missing": 0}, "rouge": {"score": None}}}
         (folders[3] / "evaluation").mkdir()
-        (folders[3] / "evaluation" / "1.json").write_text(json.dumps({"scores": scores}))
+        (folders[3] / "evaluation" / "1.json").write_text(
+            json.dumps({"manifest": manifest(["heron"]), "scores": scores})
+        )
         wait_for_ends(folders)
         assert log_scores(folders[3], scores)
         patch.setenv("WANDB_MODE", "online")
@@ -85,7 +89,7 @@ def wait_for_ends(folders: list[Path]) -> None:
 
 
 def table(runs) -> str:
-    return as_csv(run_table(sorted(runs, key=lambda run: run.id)))
+    return as_csv(run_table(with_comparable_scores(sorted(runs, key=lambda run: run.id))))
 
 
 def test_the_same_table_from_folders_offline_files_and_the_server(logged):

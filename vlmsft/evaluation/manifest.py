@@ -103,22 +103,23 @@ def differences(one: Manifest, other: Manifest, task: str) -> list[str]:
 
 
 def _differing(one: Manifest, other: Manifest, task: str) -> Iterator[tuple[str, Any, Any]]:
-    for key in ENGINE:
-        first, second = one["model"].get(key), other["model"].get(key)
-        if first is not None and second is not None and first != second:
+    ours, theirs = (comparable_facts(each, task) for each in (one, other))
+    for key in dict.fromkeys([*ours, *theirs]):
+        first, second = ours.get(key), theirs.get(key)
+        is_unsaid = key in ENGINE and (first is None or second is None)
+        if first != second and not is_unsaid:
             yield key, first, second
-    parts = ("generation", "limit", "repeats")
-    flat = [
-        flatten({**{key: each[key] for key in parts}, "task": each["tasks"][task], "code": _code_of(each)})
-        for each in (one, other)
-    ]
-    for key in dict.fromkeys([*flat[0], *flat[1]]):
-        if flat[0].get(key) != flat[1].get(key):
-            yield key, flat[0].get(key), flat[1].get(key)
 
 
-def _code_of(manifest: Manifest) -> dict[str, Any]:
-    return _without(manifest["code"], ("commit", "dirty"))
+def comparable_facts(manifest: Manifest, task: str) -> dict[str, Any]:
+    """What `differences` looks at, flat; `manifest` as `of_model` gives it."""
+    facts = {
+        **{key: manifest["model"].get(key) for key in ENGINE},
+        **{key: manifest[key] for key in ("generation", "limit", "repeats")},
+        "task": manifest["tasks"][task],
+        "code": _without(manifest["code"], ("commit", "dirty")),
+    }
+    return flatten(facts)
 
 
 def engine_problems(manifest: Manifest, base: str) -> list[Problem]:

@@ -145,7 +145,7 @@ def _warn(manifest: Mapping[str, Any]) -> None:
     for name, facts in manifest["models"].items():
         for warning in numerics_warnings(facts["engine"], facts["engine_version"]):
             said = " ".join(filter(None, (facts["engine"], facts["engine_version"])))
-            console().print(f"warning: {name} ({said}): {warning}", style="yellow", markup=False, highlight=False)
+            _tell(f"{name} ({said}): {warning}")
 
 
 @contextmanager
@@ -246,7 +246,10 @@ def write_results(folder: Path) -> Mapping[str, Any]:
 
 
 def write_to_runs(plan: Plan, manifest: Mapping[str, Any], results: Mapping[str, Any]) -> None:
-    """<run_dir>/evaluation/<id>.json for models that belong to a run: what vlmsft.compare reads."""
+    """<run_dir>/evaluation/<id>.json for models that belong to a run, what vlmsft.compare reads; and to its W&B run.
+
+    Each set of scores goes to W&B once. What can't be written is named: the evaluation's own folder has all of it.
+    """
     for model in plan.models:
         if model.run_dir is None:
             continue
@@ -262,7 +265,36 @@ def write_to_runs(plan: Plan, manifest: Mapping[str, Any], results: Mapping[str,
             "manifest": manifests.of_model(dict(manifest), model.name),
             "scores": scores,
         }
-        _write_json(model.run_dir / "evaluation" / f"{manifest['id']}.json", content)
+        path = model.run_dir / "evaluation" / f"{manifest['id']}.json"
+        try:
+            is_logged = _was_logged(path, scores) or _log_to_wandb(model, scores)
+            _write_json(path, {**content, "in_wandb": is_logged})
+        except OSError as error:
+            _tell(f"{model.name}: its scores are not in its run's folder ({error})")
+
+
+def _was_logged(path: Path, scores: Mapping[str, Any]) -> bool:
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))
+        return before["in_wandb"] and before["scores"] == scores
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _log_to_wandb(model: Model, scores: Mapping[str, Any]) -> bool:
+    """Whether the run's W&B run has them now."""
+    from vlmsft.runtime.wandb_scores import log_scores
+
+    try:
+        return log_scores(str(model.run_dir), scores)
+    except Exception as error:  # W&B's client raises a dozen kinds
+        said = (str(error) or type(error).__name__).splitlines()[0]
+        _tell(f"{model.name}: its scores are not in W&B ({said}); the same command logs them")
+        return False
+
+
+def _tell(text: str) -> None:
+    console().print(f"warning: {text}", style="yellow", markup=False, highlight=False)
 
 
 def _write_json(path: Path, content: Any) -> None:

@@ -59,6 +59,19 @@ class SampleAnswer:
 
 
 @dataclass(frozen=True)
+class Evaluation:
+    """What vlmsft.evaluate left in a run's folder.
+
+    manifest: what the scores depend on, as vlmsft.evaluation.manifest.of_model gives it
+    scores: {task: {metric: score}}; None = all answers are without one
+    """
+
+    id: str
+    manifest: dict[str, Any]
+    scores: Mapping[str, Mapping[str, float | None]]
+
+
+@dataclass(frozen=True)
 class RunRecord:
     """A run, as a local folder, a W&B offline folder or the W&B API gives it.
 
@@ -68,9 +81,10 @@ class RunRecord:
     working_directory: where `command` was typed; "" where it isn't known
     commit: of the code; "" where it isn't known
     config: flat, {"optim.max_lr": 1e-3}
-    metrics: METRICS' names, and "<task>/<metric>" of the newest evaluation; None or no key = not measured. NaN is kept
+    metrics: METRICS' names, and "<task>/<metric>" of evaluations; None or no key = not measured. NaN is kept
     curves: reads all rows, columns as vlmsft.runtime.metrics.COLUMNS whatever the source; empty where there are none
     answers: of the last validation
+    evaluations: oldest first; which of their scores are among `metrics` says vlmsft.report.scores
     notes: what could not be read, e.g. "metrics.csv: last row cut off"
     """
 
@@ -86,6 +100,7 @@ class RunRecord:
     commit: str = ""
     sweep_id: str | None = None
     answers: tuple[SampleAnswer, ...] = ()
+    evaluations: tuple[Evaluation, ...] = ()
     notes: tuple[str, ...] = ()
 
     @property

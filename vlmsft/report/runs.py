@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from vlmsft.errors import Problem, UserError, nearest
-from vlmsft.report.record import RunRecord, SampleAnswer
+from vlmsft.evaluation.manifest import comparable_facts
+from vlmsft.report.record import Evaluation, RunRecord, SampleAnswer
 from vlmsft.report.summary import nan_notes, num_gpus, summarize
 from vlmsft.runtime.metrics_rows import ENDED_FILE, read_metrics
 from vlmsft.runtime.provenance import flatten
@@ -98,13 +99,14 @@ def read_run(run_dir: Path, state: str | None = None, sweep_id: str | None = Non
         location=str(run_dir),
         state=state,
         config=flat,
-        metrics={**summarize(rows, gpus), **read_scores(run_dir / "evaluation", notes)},
+        metrics=summarize(rows, gpus),
         curves=lambda: curves(read_metrics(run_dir / "metrics.csv")[0]),
         command=command_of(overrides if isinstance(overrides, list) else []),
         working_directory=str(provenance.get("working_directory", "")),
         commit=commit_of(provenance),
         sweep_id=sweep_id or flat.get("sweep.id"),
         answers=read_answers(run_dir / "answers.jsonl", notes),
+        evaluations=read_evaluations(run_dir / "evaluation", notes),
         notes=tuple(notes),
     )
 
@@ -185,17 +187,21 @@ def read_answers(path: Path, notes: list[str]) -> tuple[SampleAnswer, ...]:
     return tuple(found[max(found)]) if found else ()
 
 
-def read_scores(folder: Path, notes: list[str]) -> dict[str, float | None]:
-    """{"<task>/<metric>": score}; where several evaluations have one, the newest file's."""
-    scores: dict[str, float | None] = {}
+def read_evaluations(folder: Path, notes: list[str]) -> tuple[Evaluation, ...]:
+    """Of <run_dir>/evaluation/*.json, oldest first."""
+    found = []
     for path in sorted(folder.glob("*.json"), key=lambda path: path.stat().st_mtime):
         tree = _read_json(path, notes, folder.parent)
         try:
-            for task, metrics in tree.get("scores", {}).items():
-                scores.update({f"{task}/{name}": entry["score"] for name, entry in metrics.items()})
+            manifest, tasks = tree["manifest"], tree["scores"].items()
+            scores = {task: {name: entry["score"] for name, entry in metrics.items()} for task, metrics in tasks}
+            for task in scores:
+                comparable_facts(manifest, task)
+            found.append(Evaluation(path.stem, manifest, scores))
         except (AttributeError, KeyError, TypeError):
-            notes.append(f"{path.relative_to(folder.parent)}: scores in a form that is not known")
-    return scores
+            if tree:  # else a note says already what is wrong
+                notes.append(f"{path.relative_to(folder.parent)}: scores in a form that is not known, left out")
+    return tuple(found)
 
 
 def _state(run_dir: Path, config: Mapping[str, Any], rows: Sequence[Mapping[str, float]]) -> str:
