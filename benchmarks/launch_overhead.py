@@ -66,10 +66,13 @@ def noop_rows(num_jobs: int) -> list:
 def nemo_run_alone(rows: list) -> None:
     """The same tasks in an Experiment of its own, up to their submission; as many at once as its scheduler keeps."""
     import nemo_run as run
+    from nemo_run.config import set_nemorun_home
 
     from vlmsft.sweeping.experiment import executor_of, script_of
 
-    experiment = run.Experiment("alone", base_dir="alone", clean_mode=True, enable_goodbye_message=False)
+    home = os.path.abspath("alone")
+    set_nemorun_home(home)  # where Slurm's tunnel looks for the scripts
+    experiment = run.Experiment("alone", base_dir=home, clean_mode=True, enable_goodbye_message=False)
     with experiment:
         for row in rows:
             experiment.add(script_of(row), executor=executor_of(row), name=f"job_{row.num}")
@@ -127,7 +130,7 @@ def until_submitted(rows: list) -> tuple[Spent, dict[str, int]]:
         return handle
 
     with mock.patch.object(SweepExperiment, "submit", submit_and_look):
-        states = ours(rows, "runs/sweeps/slurm", len(rows))
+        states = ours(rows, os.path.abspath("runs/sweeps/slurm"), len(rows))
     return (last[0], last[1]), states
 
 
