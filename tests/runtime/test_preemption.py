@@ -46,15 +46,16 @@ def test_a_checkpoint_of_the_step_that_was_done(toy_trainer, tmp_path, noted):
     assert signal.getsignal(signal.SIGTERM) is ours
 
 
+class Validations(pl.Callback):
+    def __init__(self) -> None:
+        self.steps: list[int] = []
+
+    def on_validation_end(self, trainer, pl_module) -> None:
+        self.steps.append(trainer.global_step)
+
+
 def test_a_resume_validates_where_the_uninterrupted_run_would(toy_trainer, tmp_path, noted):
-    class Validations(pl.Callback):
-        steps: list[int]
-
-        def on_validation_end(self, trainer, pl_module) -> None:
-            self.steps.append(trainer.global_step)
-
     seen = Validations()
-    seen.steps = []
     checkpoint = pl.callbacks.ModelCheckpoint(tmp_path, save_last=True, monitor=None, every_n_train_steps=100)
     options = {"enable_checkpointing": True, "max_steps": 8, "val_check_interval": 4}
     with pytest.raises(SystemExit):
@@ -62,6 +63,21 @@ def test_a_resume_validates_where_the_uninterrupted_run_would(toy_trainer, tmp_p
     resumed = toy_trainer(Preemption(), seen, **options)
     resumed.fit(ToyModel(), ToyData(), ckpt_path=tmp_path / "last.ckpt")
     assert resumed.global_step == 8 and seen.steps == [4, 8]
+
+
+@pytest.mark.parametrize("every_n_epochs", [1, None])  # None is NeMo's: validations count steps over epochs
+@pytest.mark.parametrize(("interval", "saved_at", "validated_at"), [(4, 3, [4, 8]), (4, 6, [8]), (3, 3, [3, 6])])
+def test_a_resume_from_a_checkpoint_between_validations(
+    toy_trainer, tmp_path, every_n_epochs, interval, saved_at, validated_at
+):
+    """A checkpoint each 3 steps, saved before a validation of the same step: that one is made up for."""
+    options = {"enable_checkpointing": True, "val_check_interval": interval, "check_val_every_n_epoch": every_n_epochs}
+    checkpoint = pl.callbacks.ModelCheckpoint(tmp_path, "{step}", monitor=None, save_top_k=-1, every_n_train_steps=3)
+    toy_trainer(Preemption(), checkpoint, max_steps=7, **options).fit(ToyModel(), ToyData())
+    seen = Validations()
+    resumed = toy_trainer(Preemption(), seen, max_steps=8, **options)
+    resumed.fit(ToyModel(), ToyData(), ckpt_path=tmp_path / f"step={saved_at}.ckpt")
+    assert resumed.global_step == 8 and seen.steps == validated_at
 
 
 def test_without_a_signal_nothing_changes(toy_trainer, noted):

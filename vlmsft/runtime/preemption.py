@@ -24,6 +24,8 @@ class Preemption(pl.Callback):
     SIGTERMException leaves through vlmsft.runtime.job, which makes 143 of it.
 
     A signal that comes during a validation is answered after the step that follows it.
+
+    Checkpoints count the step after which they are saved, so that a resume validates where the run would have.
     """
 
     def __init__(self) -> None:
@@ -58,8 +60,6 @@ class Preemption(pl.Callback):
         if not self._any_rank_received(trainer):
             return
         logger.info("SIGTERM: saving a checkpoint after step %d, then stopping", trainer.global_step)
-        # Lightning counts the batch after this hook: without it, a resume would validate one step late
-        trainer.fit_loop.epoch_loop.batch_progress.increment_completed()
         checkpoint: Any = trainer.checkpoint_callback
         if checkpoint is not None:
             checkpoint._save_last_checkpoint(trainer, checkpoint._monitor_candidates(trainer))
@@ -68,6 +68,13 @@ class Preemption(pl.Callback):
             finalize(blocking=True)
         trainer.strategy.barrier("preemption")  # srun kills the others as soon as one has ended
         raise SIGTERMException
+
+    def on_save_checkpoint(self, trainer, pl_module, checkpoint: dict[str, Any]) -> None:
+        """In each checkpoint that is saved after a step, whoever saves it (log.ckpt.every_n_train_steps too): Lightning
+        counts the batch as completed only after on_train_batch_end, and a resume would validate one step late."""
+        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+        for counts in (progress["total"], progress["current"]):
+            counts["completed"] = counts["processed"]
 
     def _any_rank_received(self, trainer: pl.Trainer) -> bool:
         if not torch.distributed.is_initialized():
