@@ -5,15 +5,17 @@ Exit code 0: a table was shown, with what could not be read named on stderr; 2: 
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, ListConfig
 
 from vlmsft.cli import command
 from vlmsft.errors import Problem, UserError
@@ -28,6 +30,9 @@ SOURCES = ("sweep", "runs", "wandb")
 FORMATS = ("table", "csv", "markdown")
 FORMAT_OF_SUFFIX = {".csv": "csv", ".md": "markdown"}
 UNENDED = ("running", "pending")
+TEXTS = ("wandb", "sort", "output", "report", "plots")
+IDS = ("sweep", "group")
+SWITCHES = ("watch", "force")
 
 
 @dataclass(frozen=True)
@@ -54,8 +59,8 @@ def compare(cfg: DictConfig) -> None:
     table = run_table(found.runs, cfg.sort)
     form = cfg.format or FORMAT_OF_SUFFIX.get(Path(cfg.output or "").suffix, "table")
     if cfg.output is not None:
-        write_new(Path(cfg.output), as_text(table, form))
-        print(f"table: {cfg.output}")
+        with _naming("output", cfg.output):
+            write_new(Path(cfg.output), as_text(table, form))
     elif not cfg.watch:
         show(table, form)
     write_pages(cfg, found.runs)
@@ -65,7 +70,7 @@ def compare(cfg: DictConfig) -> None:
 
 def raise_wrong_values(cfg: DictConfig) -> None:
     """Raises UserError with each key that is wrong before anything is read."""
-    problems = []
+    problems = kind_problems(cfg)
     given = [source for source in SOURCES if cfg[source] is not None]
     if len(given) != 1:
         found = " and ".join(given) or "none of sweep, runs and wandb"
@@ -74,16 +79,40 @@ def raise_wrong_values(cfg: DictConfig) -> None:
         problems.append(Problem("group", repr(cfg.group), "null without wandb=", f"Write sweep={cfg.group}"))
     if cfg.format not in (None, *FORMATS):
         problems.append(Problem("format", repr(cfg.format), f"one of {', '.join(FORMATS)}"))
-    if not isinstance(cfg.watch_seconds, (int, float)) or cfg.watch_seconds <= 0:
-        problems.append(Problem("watch_seconds", repr(cfg.watch_seconds), "seconds, more than 0"))
-    for key in ("watch", "force"):
-        if not isinstance(cfg[key], bool):
-            problems.append(Problem(key, repr(cfg[key]), "true or false"))
     for key in ("output", "report", "plots"):
-        if cfg[key] is not None and os.path.lexists(cfg[key]):
+        if isinstance(cfg[key], str) and os.path.lexists(cfg[key]):
             problems.append(Problem(key, f"{cfg[key]}, which exists", "a new name: nothing is overwritten"))
     if problems:
         raise UserError(problems, "nothing was read")
+
+
+def kind_problems(cfg: DictConfig) -> list[Problem]:
+    """Values that are no text, no id, no number or no switch."""
+    expected = [(key, is_text(cfg[key]) or cfg[key] is None, "a text") for key in TEXTS]
+    expected += [(key, is_id(cfg[key]) or cfg[key] is None, "an id") for key in IDS]
+    expected += [(key, isinstance(cfg[key], bool), "true or false") for key in SWITCHES]
+    names = cfg.runs if isinstance(cfg.runs, ListConfig) else [cfg.runs]
+    are_ids = cfg.runs is None or (len(names) > 0 and all(map(is_id, names)))
+    expected.append(("runs", are_ids, "all, or a list of names, ids and paths"))
+    expected.append(("runs_dir", is_text(cfg.runs_dir), "a folder"))
+    seconds = cfg.watch_seconds
+    is_number = isinstance(seconds, (int, float)) and not isinstance(seconds, bool)
+    expected.append(("watch_seconds", is_number and 0 < seconds < math.inf, "seconds, more than 0"))
+    return [Problem(key, repr(cfg[key]), what, _quoted(key, cfg[key])) for key, holds, what in expected if not holds]
+
+
+def is_text(value: Any) -> bool:
+    return isinstance(value, str) and value != ""
+
+
+def is_id(value: Any) -> bool:
+    """1 is a text without quotes."""
+    return is_text(value) or (isinstance(value, int) and not isinstance(value, bool))
+
+
+def _quoted(key: str, value: Any) -> str:
+    """3e211004 is a number too."""
+    return f"""Quote it: {key}='"..."'""" if isinstance(value, (int, float)) and key in (*TEXTS, *IDS, "runs") else ""
 
 
 def find(cfg: DictConfig) -> Found:
@@ -113,7 +142,7 @@ def _of_folders(cfg: DictConfig) -> tuple[list[RunRecord], list[Problem]]:
         return [read_run(folder) for folder in run_folders(Path(cfg.runs_dir))], []
     folders: dict[Path, None] = {}
     problems: list[Problem] = []
-    for name in [cfg.runs] if isinstance(cfg.runs, (str, int)) else cfg.runs:
+    for name in cfg.runs if isinstance(cfg.runs, ListConfig) else [cfg.runs]:
         try:
             folders.update(dict.fromkeys(named_folders(str(name), Path(cfg.runs_dir))))
         except UserError as error:
@@ -195,18 +224,27 @@ def write_new(path: Path, text: str) -> None:
 
 def write_pages(cfg: DictConfig, runs: Sequence[RunRecord]) -> None:
     """The HTML report, and the plots as PNG, where they are asked for."""
-    from vlmsft.runtime.logging import console
-
     if cfg.report is not None:
         from vlmsft.report.html import write_report
 
-        write_report(runs, cfg.report)
-        console().print(f"report: {cfg.report}", markup=False, highlight=False, soft_wrap=True)
+        with _naming("report", cfg.report):
+            write_report(runs, cfg.report)
     if cfg.plots is not None:
         from vlmsft.report.plots import write_pngs
 
-        write_pngs(runs, cfg.plots)
-        console().print(f"plots: {cfg.plots}", markup=False, highlight=False, soft_wrap=True)
+        with _naming("plots", cfg.plots):
+            write_pngs(runs, cfg.plots)
+
+
+@contextmanager
+def _naming(key: str, path: str) -> Iterator[None]:
+    """Says what was written where, or why not."""
+    try:
+        yield
+    except OSError as error:
+        found = f"{path}, where nothing can be written ({error.strerror or error})"
+        raise UserError(Problem(key, found, "a new name in a folder of yours"), "this was not written") from error
+    print(f"{'table' if key == 'output' else key}: {path}")
 
 
 def watch(cfg: DictConfig) -> None:

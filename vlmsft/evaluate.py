@@ -13,26 +13,36 @@ from omegaconf import DictConfig, OmegaConf
 from vlmsft.cli import command, multirun_job
 from vlmsft.config_files import absolute_path
 from vlmsft.errors import Problem, UserError
+from vlmsft.runtime.provenance import flatten
+from vlmsft.serving.endpoint import Rule, number_problems
 
 if TYPE_CHECKING:
     from vlmsft.evaluation.run import Plan
     from vlmsft.evaluation.runner import JudgeSettings
 
 RULES = {
-    "generation.max_new_tokens": (1, None, int),
-    "generation.temperature": (0, 2, float),
-    "generation.top_p": (0.01, 1, float),
-    "generation.seed": (0, None, int),
-    "repeats": (1, None, int),
-    "concurrency": (1, None, int),
-    "timeout_seconds": (0.1, None, float),
-    "num_attempts": (1, None, int),
-    "judge.timeout_seconds": (0.1, None, float),
-    "judge.num_attempts": (1, None, int),
-    "judge.concurrency": (1, None, int),
-    "judge.max_tokens": (1, None, int),
+    "limit": Rule(1, or_null=True),
+    "repeats": Rule(1),
+    "generation.max_new_tokens": Rule(1),
+    "generation.temperature": Rule(0, 2, is_whole=False),
+    "generation.top_p": Rule(0.01, 1, is_whole=False),
+    "generation.seed": Rule(0),
+    "concurrency": Rule(1),
+    "timeout_seconds": Rule(0.1, is_whole=False),
+    "num_attempts": Rule(1),
+    "serve.max_num_seqs": Rule(1),
+    "serve.max_images": Rule(0),
+    "judge.temperature": Rule(0, 2, is_whole=False),
+    "judge.max_tokens": Rule(1),
+    "judge.seed": Rule(0),
+    "judge.timeout_seconds": Rule(0.1, is_whole=False),
+    "judge.num_attempts": Rule(1),
+    "judge.concurrency": Rule(1),
 }
-"""{key: (least, most, kind)}"""
+SWITCHES = ("dryrun", "force", "reuse_answers")
+TEXTS = ("output", "serve.device", "serve.dtype", "judge.base_url", "judge.cache", "eval_mm.folder", "eval_mm.python")
+TEXTS_OR_NULL = ("base", "id", "serve.processor", "judge.model", "judge.api_key_variable")
+MAPPINGS = ("generation", "serve", "judge", "eval_mm", "task_defaults", "scorers")
 
 
 @command("evaluate")
@@ -59,28 +69,38 @@ def task_folders() -> list[Path]:
 
 
 def plan_of(cfg: DictConfig, folders: list[Path]) -> Plan:
-    """The config as plain values; what is wrong with them is in the plan's problems."""
+    """The config as plain values; what is wrong with them is in the plan's problems.
+
+    Raises UserError where values are of a kind that no plan can be made of.
+    """
     from vlmsft.evaluation.models import Serve, read_models
     from vlmsft.evaluation.run import Plan
     from vlmsft.evaluation.runner import EvalMM, Generation, Settings
     from vlmsft.evaluation.tasks import read_tasks
 
     values = cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True))
-    problems = value_problems(values)
-    models, wrong = read_models(values["models"])
+    no_mappings = [
+        Problem(key, repr(values[key]), "a mapping") for key in MAPPINGS if not isinstance(values[key], dict)
+    ]
+    if no_mappings:
+        raise UserError(no_mappings)
+    models, problems = read_models(values["models"])
+    tasks, wrong = read_tasks(values["tasks"], folders, values["task_defaults"], values["scorers"])
     problems += wrong
-    specs = [values["tasks"]] if isinstance(values["tasks"], str) else values["tasks"]
-    tasks, wrong = read_tasks(specs, folders, values["task_defaults"], values["scorers"])
-    problems += wrong
-    if not specs:
-        problems.append(Problem("tasks", "none", "at least one task"))
+    flat = flatten(values)
+    problems += number_problems(flat, RULES)
+    of_wrong_kind = kind_problems(flat)
+    if of_wrong_kind:
+        raise UserError([*of_wrong_kind, *problems])
     names = [model.name for model in models]
     if values["base"] not in (None, *names):
         problems.append(Problem("base", repr(values["base"]), f"one of {', '.join(names)}"))
+    if "/" in (values["id"] or "") or (values["id"] or "x").startswith("."):
+        problems.append(Problem("id", repr(values["id"]), "a folder's name"))
     generation = {**values["generation"], "stop": tuple(values["generation"]["stop"])}
     settings = Settings(
         generation=Generation(**generation),
-        limit=values["limit"] if is_limit(values["limit"]) else None,  # so that the rest can be checked
+        limit=values["limit"] if RULES["limit"].holds(values["limit"]) else None,  # so that the rest can be checked
         repeats=values["repeats"],
         timeout_seconds=values["timeout_seconds"],
         num_attempts=values["num_attempts"],
@@ -115,26 +135,17 @@ def judge_of(values: dict[str, Any], is_dryrun: bool) -> JudgeSettings | None:
     return JudgeSettings(**{**given, "base_url": given["base_url"].rstrip("/"), "api_key": key})
 
 
-def is_limit(value: Any) -> bool:
-    return value is None or (isinstance(value, int) and not isinstance(value, bool) and value >= 1)
-
-
-def value_problems(values: dict[str, Any]) -> list[Problem]:
-    """Numbers out of their range, and an id that is no file name."""
-    problems = []
-    for key, (least, most, kind) in RULES.items():
-        value: Any = values
-        for part in key.split("."):
-            value = value[part]
-        is_number = isinstance(value, kind if kind is int else (int, float)) and not isinstance(value, bool)
-        if not is_number or value < least or (most is not None and value > most):
-            limits = f"from {least} to {most}" if most is not None else f"of at least {least}"
-            problems.append(Problem(key, repr(value), f"a {'whole ' if kind is int else ''}number {limits}"))
-    limit, id = values["limit"], values["id"]
-    if not is_limit(limit):
-        problems.append(Problem("limit", repr(limit), "a number of questions, or null for all"))
-    if id is not None and (not isinstance(id, str) or "/" in id or id.startswith(".") or not id):
-        problems.append(Problem("id", repr(id), "a folder's name"))
+def kind_problems(flat: dict[str, Any]) -> list[Problem]:
+    """Values that are no text, or no switch."""
+    problems = [Problem(key, repr(flat[key]), "true or false") for key in SWITCHES if not isinstance(flat[key], bool)]
+    for key in (*TEXTS, *TEXTS_OR_NULL):
+        value, or_null = flat[key], key in TEXTS_OR_NULL
+        if not (isinstance(value, str) and value) and not (value is None and or_null):
+            remedy = f"""Quote it: {key}='"{value}"'""" if isinstance(value, (int, float)) else ""
+            problems.append(Problem(key, repr(value), f"a text{' or null' if or_null else ''}", remedy))
+    stop = flat["generation.stop"]
+    if not isinstance(stop, list) or not all(isinstance(text, str) and text for text in stop):
+        problems.append(Problem("generation.stop", repr(stop), "a list of texts"))
     return problems
 
 

@@ -261,6 +261,31 @@ def test_all_problems_at_once_and_nothing_is_asked(run, tmp_path):
     assert "Did you mean 'sample'?" in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("generation.stop=x", "generation.stop: found 'x', expected a list of texts"),
+        ("force=3", "force: found 3, expected true or false"),
+        ("judge.base_url=null", "judge.base_url: found None, expected a text"),
+        ("id=3", """id: found 3, expected a text or null. Quote it: id='"3"'"""),
+        ("output=null", "output: found None, expected a text"),
+        ("id=a/b", "id: found 'a/b', expected a folder's name"),
+        ("judge=null", "judge: found None, expected a mapping"),
+        ("timeout_seconds=.nan", "timeout_seconds: found nan, expected a number of at least 0.1"),
+    ],
+)
+def test_values_of_another_kind_are_named(run, override, said):
+    with pytest.raises(UserError) as error:
+        run(override, models={"a": "http://127.0.0.1:9/v1"}, tasks=["sample"])
+    assert said in str(error.value)
+
+
+@pytest.mark.parametrize("tasks", [3, [3], []])
+def test_tasks_that_are_no_names(run, tasks):
+    with pytest.raises(UserError, match=r"tasks: found .*, expected a list with at least one task"):
+        run(models={"a": "http://127.0.0.1:9/v1"}, tasks=tasks)
+
+
 def test_a_dry_run_counts_and_asks_nothing(run, tmp_path, monkeypatch, capsys):
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     task = str(write_task(tmp_path / "t", questions(7), scorers=["exact_match", "judge"]))

@@ -286,3 +286,20 @@ def test_missing_packages_are_named_with_the_command(monkeypatch):
     problems = package_problems({"rouge_l": scorer("rouge_l"), "bleu": scorer("bleu")})
     assert [problem.found for problem in problems] == ["no rouge-score", "no fugashi"]
     assert all(problem.remedy == INSTALL == "pip install 'vlmsft[eval]'" for problem in problems)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "said"),
+    [
+        ("containment", {"normalise": "x"}, "normalise is one of none, jdocqa"),
+        ("rouge_l", {"normalisation": "x"}, "normalisation is one of nfkc, neologdn"),
+        ("bleu", {"tokenizer": "x"}, "tokenizer is one of .*ja-mecab"),
+        ("bleu", {"smooth_method": "x"}, "smooth_method is one of none, floor, add-k, exp"),
+        ("judge", {"pattern": "[0-9]"}, "pattern has a group"),
+        ("judge", {"pattern": "("}, "unterminated"),
+        ("judge", {"least": 5}, "least is less than most"),
+    ],
+)
+def test_wrong_values_are_named_before_anything_is_asked(name, change, said):
+    with pytest.raises(Exception, match=said):
+        scorer(name, **change)

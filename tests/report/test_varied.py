@@ -3,6 +3,7 @@ from dataclasses import replace
 from page_cases import EVIL, grid
 
 from vlmsft.report.differences import differing_keys, short_names
+from vlmsft.report.record import RunRecord
 from vlmsft.report.varied import labels, swept_keys
 
 
@@ -34,3 +35,12 @@ def test_paths_with_the_id_do_not_differ(tmp_path):
 
 def test_short_names():
     assert short_names(["a.lr", "b.lr", "c.size"]) == {"a.lr": "a.lr", "b.lr": "b.lr", "c.size": "size"}
+
+
+def test_paths_below_a_run_folder_tell_runs_of_other_names_apart_by_nothing():
+    runs = [
+        RunRecord(name, id, f"/r/{name}/{id}", "done", config, {}, curves=lambda: None)
+        for name, id in (("demo", "a"), ("longer", "b"))
+        for config in [{"run_dir": f"/r/{name}/{id}", "log": f"/r/{name}/{id}/log", "also": f"./{name}/{id}.csv"}]
+    ]
+    assert differing_keys(runs) == []

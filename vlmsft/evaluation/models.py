@@ -111,6 +111,9 @@ def _model(name: str | None, value: Any) -> Model:
         expected = f"a source, or a mapping of {', '.join(SPEC_KEYS)}"
         raise UserError(Problem(where, f"{', '.join(map(str, unknown)) or value!r}", expected))
     given: dict[str, Any] = {**dict.fromkeys(SPEC_KEYS), **fields}
+    for key, text in given.items():
+        if not isinstance(text, (str, type(None))):
+            raise UserError(Problem(f"{where}.{key}", repr(text), "a text", f"""Quote it: '"{text}"'"""))
     source, variable = given["source"], given["api_key_variable"]
     if variable is not None and not os.environ.get(variable):
         raise UserError(Problem(where, f"{variable}, which is not set", "an environment variable that holds the key"))

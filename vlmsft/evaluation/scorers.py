@@ -14,7 +14,7 @@ import importlib.metadata
 import importlib.util
 import re
 import unicodedata
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -111,11 +111,14 @@ class Containment:
     needs = ("references",)
     packages = {}  # noqa: RUF012
 
+    def __post_init__(self):
+        _raise_unless_one_of("normalise", self.normalise, CONTAINMENT_TEXTS)
+
     def describe(self) -> dict[str, Any]:
         return {"scorer": "containment: the reference is in the answer", "normalise": self.normalise}
 
     def score(self, items: Sequence[tuple[Sample, str]], judge: JudgeSettings | None) -> list[Outcome]:
-        plain = {"none": str, "jdocqa": jdocqa_text}[self.normalise]
+        plain = CONTAINMENT_TEXTS[self.normalise]
         return [_either(any(plain(ref) in plain(answer) for ref in sample.references)) for sample, answer in items]
 
 
@@ -124,6 +127,14 @@ def jdocqa_text(text: str) -> str:
     for removed in ("です", "。", "、", " "):
         text = text.replace(removed, "")
     return unicodedata.normalize("NFKC", text.strip())
+
+
+CONTAINMENT_TEXTS: Mapping[str, Callable[[str], str]] = {"none": str, "jdocqa": jdocqa_text}
+
+
+def _raise_unless_one_of(key: str, value: str, known: Iterable[str]) -> None:
+    if value not in known:
+        raise ValueError(f"{key} is one of {', '.join(known)}")
 
 
 def _either(holds: bool, reason: str | None = None) -> Outcome:
@@ -214,6 +225,11 @@ class RougeL:
     needs = ("references",)
     packages = {"rouge_score": "rouge-score", "fugashi": "fugashi", "unidic_lite": "unidic-lite"}  # noqa: RUF012
 
+    def __post_init__(self):
+        _raise_unless_one_of("normalisation", self.normalisation, NORMALISATIONS)
+        if self.normalisation == "neologdn" and importlib.util.find_spec("neologdn") is None:
+            raise ValueError("it needs the package neologdn: pip install neologdn")
+
     def describe(self) -> dict[str, Any]:
         is_there = importlib.util.find_spec("neologdn") is not None
         return {
@@ -289,6 +305,13 @@ class Bleu:
     needs = ("references",)
     packages = {"sacrebleu": "sacrebleu", "MeCab": "mecab-python3", "ipadic": "ipadic"}  # noqa: RUF012
 
+    def __post_init__(self):
+        if importlib.util.find_spec("sacrebleu") is not None:
+            from sacrebleu.metrics.bleu import BLEU
+
+            _raise_unless_one_of("tokenizer", self.tokenizer, BLEU.TOKENIZERS)
+            _raise_unless_one_of("smooth_method", self.smooth_method, BLEU.SMOOTH_DEFAULTS)
+
     def describe(self) -> dict[str, Any]:
         return {
             "scorer": "sentence BLEU",
@@ -323,6 +346,12 @@ class Judge:
     most: float
     needs = ("references", "judge")
     packages = {}  # noqa: RUF012
+
+    def __post_init__(self):
+        if re.compile(self.pattern).groups < 1:
+            raise ValueError("pattern has a group, which is the verdict")
+        if not self.least < self.most:
+            raise ValueError("least is less than most")
 
     def describe(self) -> dict[str, Any]:
         return {

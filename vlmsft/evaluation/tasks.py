@@ -40,19 +40,22 @@ Picture = Path | Callable[[], bytes]
 
 
 def read_tasks(
-    specs: Sequence[str], folders: Sequence[Path], defaults: Mapping[str, Any], scorers: Mapping[str, Any]
+    spec: Any, folders: Sequence[Path], defaults: Mapping[str, Any], scorers: Mapping[str, Any]
 ) -> tuple[list[Task], list[Problem]]:
     """The tasks that `tasks=[...]` names, and what is wrong with them.
 
-    specs: a task's name (a YAML in `folders`) or a path to one
+    spec: a list of tasks' names (of YAML files in `folders`) and of paths to such files; or one of them
     folders: the folders "task" of the configuration's search path
     defaults, scorers: conf/evaluate.yaml: task_defaults and scorers
     """
+    names = [spec] if isinstance(spec, str) else spec
+    if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
+        return [], [Problem("tasks", repr(spec), "a list with at least one task", "tasks=[sample]")]
     tasks: list[Task] = []
     problems: list[Problem] = []
-    for spec in specs:
+    for name in names:
         try:
-            path = find_task(spec, folders)
+            path = find_task(name, folders)
             tasks.append(read_task(path, defaults, scorers))
         except UserError as error:
             problems += error.problems

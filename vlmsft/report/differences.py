@@ -16,7 +16,7 @@ IDENTITY = ("id", "run_dir", "sweep.id", "sweep.num", "sweep.varies")
 def differing_keys(runs: Sequence[RunRecord]) -> list[str]:
     """Keys whose values are not the same in all runs (missing is a value of its own), in the order of the configs.
 
-    Left out: what names the run itself, such as its folder and paths below it.
+    Left out: what names the run itself, such as its folder and paths below it; those of runs of other names too.
     """
     keys = dict.fromkeys(key for run in runs for key in run.config if key not in IDENTITY)
     return [key for key in keys if _differs(key, runs)]
@@ -31,8 +31,11 @@ def _differs(key: str, runs: Sequence[RunRecord]) -> bool:
 def _without_id(run: RunRecord, key: str) -> str:
     """Of words only, and as a word of its own: an id may be 1."""
     text = comparable(run.config, key)
-    is_text = isinstance(run.config.get(key), str)
-    return re.sub(rf"(?<!\w){re.escape(run.id)}(?!\w)", "<id>", text) if is_text else text
+    if not isinstance(run.config.get(key), str):
+        return text
+    for own, name in ((run.config.get("run_dir"), "<run_dir>"), (f"{run.name}/{run.id}", "<run>"), (run.id, "<id>")):
+        text = re.sub(rf"(?<!\w){re.escape(str(own))}(?!\w)", name, text)
+    return text
 
 
 def comparable(config: Mapping[str, Any], key: str) -> str:

@@ -44,16 +44,23 @@ MAX_DEPTH = 4
 
 
 def is_run_folder(path: Path) -> bool:
-    return any((path / name).is_file() for name in FILES)
+    return any(os.path.isfile(path / name) for name in FILES)
 
 
 def run_folders(folder: Path, depth: int = MAX_DEPTH) -> list[Path]:
-    """All run folders in `folder`, itself included, by path; nothing inside a run folder is looked at."""
+    """All run folders in `folder`, itself included, by path; nothing inside a run folder is looked at.
+
+    Raises UserError where a folder can't be read.
+    """
     if is_run_folder(folder):
         return [folder]
     if depth == 0 or not folder.is_dir():
         return []
-    children = sorted(Path(entry.path) for entry in os.scandir(folder) if entry.is_dir())
+    try:
+        children = sorted(Path(entry.path) for entry in os.scandir(folder) if entry.is_dir())
+    except OSError as error:
+        found = f"{error.filename}, which can't be read ({error.strerror})"
+        raise UserError(Problem("runs", found, "folders of yours")) from error
     return [found for child in children for found in run_folders(child, depth - 1)]
 
 

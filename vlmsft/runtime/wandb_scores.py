@@ -44,7 +44,7 @@ def log_scores(run_dir: str | os.PathLike[str], scores: Mapping[str, Mapping[str
         tags=last.tags,
         config={key: value for key, value in last.config.items() if key != "_wandb"},
         mode=mode,
-        settings=wandb.Settings(console="off", disable_git=True, save_code=False, x_disable_meta=True),  # pyright: ignore[reportAttributeAccessIssue]
+        settings=wandb.Settings(console="off", silent=True, disable_git=True, save_code=False, x_disable_meta=True),  # pyright: ignore[reportAttributeAccessIssue]
     )
     run.log(numbers, step=max([run.step, *(row + 1 for row in rows)]), commit=True)
     run.finish()
