@@ -11,6 +11,7 @@ NeMo-Run's files lie in the sweep's folder, below nemo-run/.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -94,7 +95,8 @@ class SweepExperiment:
         self._experiment._save_tunnels()
 
     def submit(self, num: int, after: str | None = None) -> str:
-        """Submits a task; gives its handle.
+        """Submits a task; gives its handle. May be called in several threads, each in a copy of the caller's context
+        (contextvars). `note` must follow.
 
         after: handle of a task after whose end (however it ends) Slurm is to start this one
         """
@@ -106,8 +108,19 @@ class SweepExperiment:
         os.environ.pop(CONSOLE_PATH, None)  # a submitted job inherits the environment, but not this process's files
         with as_user_errors():
             job.launch(wait=False, runner=self._experiment._runner)
-        self._experiment._save_jobs()
         return job.handle
+
+    def note(self, nums: Sequence[int]) -> None:
+        """Writes the handles of submitted tasks into NeMo-Run's own file, for `nemorun experiment`. (Experiment's
+        _save_jobs would serialize all tasks each time.)"""
+        path = Path(self.folder, run.Experiment._TASK_FILE)
+        tasks = json.loads(path.read_text(encoding="utf-8"))
+        places = {num: place for place, num in enumerate(self._jobs)}
+        for num in nums:
+            tasks[places[num]] = self._jobs[num].serialize()
+        aside = path.with_name(f"{path.name}.new")
+        aside.write_text(json.dumps(tasks), encoding="utf-8")
+        aside.replace(path)
 
 
 def task_name(num: int) -> str:

@@ -12,12 +12,14 @@ their locks, and follows them.
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import fcntl
 import os
 import signal
 import socket
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import FrameType
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
 LOCK_FILE = "launcher.lock"
 POLL_SECONDS = 0.2
 SLURM_POLL_SECONDS = 5.0
+SUBMITTING_THREADS = 16  # as NeMo-Run's Experiment has
 COMPLETING, COMPLETING_SECONDS = "COMPLETING", 60.0  # Slurm's word, and what such a job is waited for
 LEDGER_POLL_SECONDS = 1.0
 UNKNOWN_SECONDS = 300.0
@@ -236,12 +239,19 @@ class Loop:
     # -- starting
 
     def start_what_fits(self) -> None:
+        to_submit = []
         for row in list(self.pending):
             if self._holds_back or not self._has_place(row):
-                return
-            if not row.is_local or self._gpus.take(row):
+                break
+            if not row.is_local:
                 self.pending.remove(row)
-                self._start(row)
+                self.running[row.num] = row
+                to_submit.append(row)
+            elif self._gpus.take(row):
+                self.pending.remove(row)
+                self._start_here(row)
+        if to_submit:
+            self._submit(to_submit)
 
     def _has_place(self, row: JobRow) -> bool:
         limit = self.options.max_parallel
@@ -249,36 +259,67 @@ class Loop:
             limit = 1
         return limit is None or len(self.running) < limit
 
-    def _start(self, row: JobRow) -> None:
+    def _claim(self, row: JobRow) -> JobRow | None:
+        """The job as it runs from now on; None where it was cancelled meanwhile."""
         forget_report(row.run_dir)
         claim = {"reason": "", "started": time.time(), "ended": None, "exit_code": None, "handle": None}
         if not self.ledger.move(row.num, "running", ["pending"], host=socket.gethostname(), **claim):
-            self._gpus.give_back(row.num)  # cancelled meanwhile
-            return
+            return None
         keep_record(row)
-        self.running[row.num] = row = self.ledger.job(row.num)
+        return self.ledger.job(row.num)
+
+    def _start_here(self, row: JobRow) -> None:
+        claimed = self._claim(row)
+        if claimed is None:
+            self._gpus.give_back(row.num)
+            return
+        self.running[row.num] = claimed
         assert self.experiment is not None
-        if row.is_local:
-            command, environment = self.experiment.command(row.num)
-            process = local.start(row.run_dir, command, {**environment, **self._gpus.environment(row.num)})
-            if process is not None:  # None: a process that nobody knew of has its lock, and is followed
-                self._processes[row.num] = process
-        else:
-            self._submit(row)
+        command, environment = self.experiment.command(row.num)
+        process = local.start(row.run_dir, command, {**environment, **self._gpus.environment(row.num)})
+        if process is not None:  # None: a process that nobody knew of has its lock, and is followed
+            self._processes[row.num] = process
         self.watcher.job(self.running[row.num])
 
-    def _submit(self, row: JobRow) -> None:
+    def _submit(self, rows: Sequence[JobRow]) -> None:
+        """As many at once as NeMo-Run's Experiment would. Interrupted, those whose turn hasn't come stay pending."""
         assert self.experiment is not None
         if not self._connected:
             self.experiment.connect()
             self._connected = True
+        with ThreadPoolExecutor(SUBMITTING_THREADS) as pool:
+            context = contextvars.copy_context  # NeMo-Run keeps its current experiment there
+            futures = {pool.submit(context().run, self._submit_one, row): row for row in rows}
+            try:
+                for future in as_completed(futures):
+                    self._note_submission(futures[future], future.result())
+            finally:
+                pool.shutdown(cancel_futures=True)
+                self.experiment.note([row.num for row in rows])
+
+    def _submit_one(self, row: JobRow) -> JobRow | None:
+        """The job after its submission, or after what came of it; None where it wasn't claimed. Runs in a thread."""
+        claimed = None if self._holds_back else self._claim(row)
+        if claimed is None:
+            return None
+        assert self.experiment is not None
         try:
             handle = self.experiment.submit(row.num)
         except UserError as error:
-            self._end(row, ended(row, 1, str(error)))
-            return
-        self.ledger.move(row.num, "running", ["running", "cancelled"], handle=handle)
-        self.running[row.num] = self.ledger.job(row.num)
+            return ended(claimed, 1, str(error))
+        if not self.ledger.move(row.num, "running", ["running"], handle=handle):  # cancelled while it was submitted
+            self.ledger.move(row.num, "cancelled", ["cancelled"], handle=handle)
+            self._others().cancel([self.ledger.job(row.num)])
+        return self.ledger.job(row.num)
+
+    def _note_submission(self, row: JobRow, now: JobRow | None) -> None:
+        if now is None:
+            del self.running[row.num]
+        elif now.state == "running":
+            self.running[row.num] = now
+            self.watcher.job(now)
+        else:
+            self._end(row, now)
 
     # -- watching
 
