@@ -11,7 +11,7 @@ code, fingerprint of the data), against the same commands submitted by NeMo-Run'
 Beyond NeMo-Run's cost it may be 100 ms.
 
 Slurm: --slurm of these commands through a real Slurm on loopback (tests/slurm/cluster.py; as root, 0 = left out), up to
-the last one's submission, against the Experiment's. Beyond NeMo-Run's cost it may be 150 ms a job.
+the end of the last one's submission, against the Experiment's. Beyond NeMo-Run's cost it may be 150 ms a job.
 
 Prints Markdown, wall time and this process's CPU time: on a machine that others use too, the latter tells more.
 """
@@ -111,25 +111,25 @@ def on_slurm(rows: list) -> Iterator[list]:
         poll_estimated_start_time=False,
     )
     with (
-        Cluster(Path(tempfile.mkdtemp(prefix="slurm-"), "c")) as cluster,
+        tempfile.TemporaryDirectory(prefix="slurm-") as folder,
+        Cluster(Path(folder, "c")) as cluster,
         mock.patch.dict(os.environ, cluster.environment),
     ):
         yield [replace(row, executor=frozen(executor), is_local=False) for row in rows]
 
 
 def until_submitted(rows: list) -> tuple[Spent, dict[str, int]]:
-    """What vlmsft's scheduler takes up to the last submission, and how the jobs ended."""
-    from vlmsft.sweeping.experiment import SweepExperiment
+    """What vlmsft's scheduler takes until all are submitted, and how the jobs ended."""
+    from vlmsft.sweeping.schedule import Loop
 
     wall, cpu = time.perf_counter(), time.process_time()
-    submit, last = SweepExperiment.submit, [0.0, 0.0]
+    submit, last = Loop._submit, [0.0, 0.0]
 
-    def submit_and_look(self, *arguments, **keywords):
-        handle = submit(self, *arguments, **keywords)
+    def submit_and_look(self, rows):
+        submit(self, rows)
         last[:] = time.perf_counter() - wall, time.process_time() - cpu
-        return handle
 
-    with mock.patch.object(SweepExperiment, "submit", submit_and_look):
+    with mock.patch.object(Loop, "_submit", submit_and_look):
         states = ours(rows, os.path.abspath("runs/sweeps/slurm"), len(rows))
     return (last[0], last[1]), states
 

@@ -20,6 +20,13 @@ from vlmsft.recipe import translate
 from vlmsft.runtime import job
 
 TARGETS = sorted(path.stem for path in (root() / "launch").glob("*.yaml"))
+SENTINELS = {
+    "WANDB_API_KEY": "5entinel0wandb0000000000000000000000000f",
+    "HF_TOKEN": "hf_5entinelHuggingFaceAAAAAAAAAAAA",
+    "HUGGING_FACE_HUB_TOKEN": "hf_5entinelHubBBBBBBBBBBBBBBBBBBBB",
+    "DGXCLOUD_CLIENT_SECRET": "5entinel-dgxcloud-secret",
+}
+"""Tokens in the environment that is launched from; none may be written anywhere."""
 KUBECONFIG = """\
 apiVersion: v1
 kind: Config

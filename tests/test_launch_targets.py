@@ -14,6 +14,7 @@ from config_cases import DATA, compose
 from kubernetes.config import kube_config
 from launch_cases import (
     KUBECONFIG,
+    SENTINELS,
     TARGETS,
     command_of,
     environment_bin,
@@ -30,12 +31,6 @@ from vlmsft.runtime import job
 
 GOLDEN = Path(__file__).with_name("golden") / "launch"
 ELSEWHERE = [target for target in TARGETS if target not in ("local", "skypilot")]
-SENTINELS = {
-    "WANDB_API_KEY": "5entinel0wandb0000000000000000000000000f",
-    "HF_TOKEN": "hf_5entinelHuggingFaceAAAAAAAAAAAA",
-    "HUGGING_FACE_HUB_TOKEN": "hf_5entinelHubBBBBBBBBBBBBBBBBBBBB",
-    "DGXCLOUD_CLIENT_SECRET": "5entinel-dgxcloud-secret",
-}
 
 
 @pytest.fixture

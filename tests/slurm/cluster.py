@@ -7,6 +7,9 @@ Debian 12's PACKAGES. No systemd, no cgroups, no container plugin; every port is
 file and socket lies in the folder, so that a second cluster, or a system's own Slurm, isn't touched. Root is needed:
 slurmd starts tasks as the user who submitted.
 
+Nothing outlives the cluster, also when its process is killed: a guard in a process of its own then ends all processes
+that have the cluster's SLURM_CONF in their environment (daemons, tasks, launchers), and removes the folder.
+
 Partitions: `debug` (default), and `urgent`, whose jobs preempt those of `debug`: SIGTERM, GRACE_SECONDS later SIGKILL,
 then they are requeued.
 """
@@ -19,9 +22,12 @@ import secrets
 import shutil
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+
+import psutil
 
 PROGRAMS = ("munged", "mariadbd", "mariadb-install-db", "slurmdbd", "slurmctld", "slurmd", "sbatch", "sacctmgr")
 OTHER_PROGRAMS = ("sshd", "ssh", "ssh-keygen", "rsync")  # of tests/slurm/sshd.py
@@ -44,18 +50,21 @@ def missing() -> str | None:
 
 
 class Cluster:
-    """Brings the daemons up on entering, in START_SECONDS at most each, and ends all of them on leaving.
+    """Brings the daemons up on entering, in START_SECONDS at most each; on leaving ends them, and what knows them.
 
-    folder: short, since sockets' paths are limited to 107 characters; must not hold an earlier cluster
+    folder: removed on leaving. Short, since sockets' paths are limited to 107 characters
     """
 
     def __init__(self, folder: Path):
         self.folder = folder
         self.environment = {"SLURM_CONF": str(folder / "slurm.conf")}
         self._started: list[tuple[str, subprocess.Popen]] = []
+        self._guard: subprocess.Popen | None = None
 
     def __enter__(self) -> Cluster:
         self.folder.mkdir(parents=True)
+        command = [sys.executable, __file__, str(self.folder)]
+        self._guard = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
         try:
             self._munge()
             database_port = self._mariadb()
@@ -77,6 +86,8 @@ class Cluster:
                 process.kill()
                 process.wait()
         self._started.clear()
+        assert self._guard is not None
+        self._guard.communicate()
 
     def _kill_jobs(self) -> None:
         """Else the tasks of jobs that still run would outlive the daemons."""
@@ -255,3 +266,20 @@ def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return free.getsockname()[1]
+
+
+def kill_all_of(folder: str) -> None:
+    """Ends all processes that know the cluster in `folder`."""
+    known = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.environ().get("SLURM_CONF") == f"{folder}/slurm.conf":
+                process.kill()
+                known.append(process)
+    psutil.wait_procs(known, timeout=10)
+
+
+if __name__ == "__main__":  # the guard: its stdin ends with the cluster, or with the process that had it
+    sys.stdin.read()
+    kill_all_of(sys.argv[1])
+    shutil.rmtree(sys.argv[1], ignore_errors=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -12,16 +11,10 @@ from pathlib import Path
 
 import pytest
 from cluster import ACCOUNT, Cluster, missing
-from launch_cases import make_repository
+from launch_cases import SENTINELS, make_repository
 
 from vlmsft.config_files import root
 
-SENTINELS = {
-    "WANDB_API_KEY": "5entinel0wandb0000000000000000000000000f",
-    "HF_TOKEN": "hf_5entinelHuggingFaceAAAAAAAAAAAA",
-    "HUGGING_FACE_HUB_TOKEN": "hf_5entinelHubBBBBBBBBBBBBBBBBBBBB",
-}
-"""Tokens in the environment that everything here is launched from; none may be written anywhere."""
 ON_THIS_CLUSTER = [
     f"launch.executor.account={ACCOUNT}",
     "launch.executor.partition=debug",
@@ -45,12 +38,9 @@ def cluster() -> Iterator[Cluster]:
     reason = missing()
     if reason is not None:
         pytest.skip(reason)
-    folder = Path(tempfile.mkdtemp(prefix="slurm-"))  # not tmp_path: sockets' paths have to be short
-    try:
-        with Cluster(folder / "c") as running:
-            yield running
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    short = tempfile.TemporaryDirectory(prefix="slurm-")  # not tmp_path: sockets' paths are limited
+    with short as folder, Cluster(Path(folder, "c")) as running:
+        yield running
 
 
 class Launchpad:

@@ -17,8 +17,8 @@ from typing import Any
 
 import pytest
 from cluster import free_port
-from conftest import ON_THIS_CLUSTER, SENTINELS, TINY, Launchpad
-from launch_cases import files_with, made_job
+from conftest import ON_THIS_CLUSTER, TINY, Launchpad
+from launch_cases import SENTINELS, files_with, made_job
 from sshd import SshServer
 
 from vlmsft.runtime import job
@@ -60,6 +60,15 @@ def test_a_run_on_two_nodes(launchpad):
     nodes = {line.split()[-1] for line in launchpad.cluster.run("sacct", "-n", "-X", "-o", "NodeList").splitlines()}
     assert "n[1-2]" in nodes
     assert files_with(list(SENTINELS.values()), launchpad.folder / "runs") == []
+    assert "SUCCEEDED" in how_it_is(launchpad, output)
+
+
+def how_it_is(launchpad: Launchpad, output: str) -> str:
+    """What the command says that a launch has printed."""
+    command = output.split("how it is: ")[1].split(";")[0]
+    environment = {**launchpad.environment, "PATH": f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"}
+    done = subprocess.run(command, shell=True, env=environment, capture_output=True, text=True)
+    return done.stdout + done.stderr
 
 
 @pytest.fixture
@@ -85,10 +94,6 @@ def test_a_failed_job_is_explained(launch_here: Launchpad, function, code, said,
     assert said in output and ("Traceback" in output) == (function == "fail")
     number = output.split("submitted ")[1].split(";")[0]
     assert launch_here.cluster.wait_for(number, "FAILED", "COMPLETED")[0] == "FAILED"
-    if function == "refuse":
-        command = output.split("how it is: ")[1].split(";")[0]
-        command = command.replace("nemorun", f"{os.path.dirname(sys.executable)}/nemorun")
-        assert "FAILED" in subprocess.run(command, shell=True, capture_output=True, text=True).stdout, command
 
 
 def test_through_ssh(launch_here: Launchpad, tmp_path, monkeypatch, capfd):
