@@ -111,7 +111,7 @@ def train_together(folder: str) -> None:
 
 
 def start(function: str, run_dir: str, how: str) -> None:
-    """`python job_toys.py FUNCTION RUN_DIR here|child|torchrun`: what the train command does with a recipe."""
+    """`python job_toys.py FUNCTION RUN_DIR here|torchrun`: what the train command does with a recipe."""
     import nemo_run as run
 
     from vlmsft.runtime import job
@@ -120,8 +120,6 @@ def start(function: str, run_dir: str, how: str) -> None:
     made = job.Job(recipe, run_dir, "toys", Path(run_dir).name)
     if how == "here":
         job.run_here(made)
-    elif how == "child":
-        sys.exit(job.start_child(made))
     else:
         sys.exit(job.launch(made, job.torchrun_executor(2)))
 

@@ -1,4 +1,4 @@
-"""Jobs in this process, in a child and through NeMo-Run: exit codes, messages, interrupts, and nothing left behind."""
+"""Jobs in this process and through NeMo-Run: exit codes, messages, interrupts, and nothing left behind."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from launch_cases import SENTINELS, files_with
 
 from vlmsft.config_files import root
 
@@ -18,7 +19,7 @@ TOYS = Path(__file__).parents[1] / "job_toys.py"
 
 
 class Started:
-    """A process that runs a toy job, with a bare PATH and a HOME of its own."""
+    """A process that runs a toy job, with a bare PATH, a HOME of its own and tokens in its environment."""
 
     def __init__(self, function: str, folder: Path, how: str):
         self.run_dir = folder / "runs" / "toys" / "one"
@@ -30,6 +31,7 @@ class Started:
             "PATH": "/usr/bin:/bin",
             "PYTHONPATH": os.pathsep.join([str(root()), str(TOYS.parent)]),
             "HOME": str(self.home),
+            **SENTINELS,
         }
         self.process = subprocess.Popen(
             [sys.executable, str(TOYS), function, str(self.run_dir), how],
@@ -73,7 +75,8 @@ def started(tmp_path):
 
 @slow
 def test_torchrun(started):
-    """The environment's own python and torchrun, though PATH doesn't know them; all files below the run folder."""
+    """The environment's own python and torchrun, though PATH doesn't know them; all files below the run folder,
+    and no token in one of them."""
     one = started("write_rank", "torchrun")
     code, output = one.end()
     assert code == 0 and output.endswith("\nprogress of rank 0\n"), output
@@ -82,6 +85,8 @@ def test_torchrun(started):
     assert (one.run_dir / "nemo.log").exists() and (one.run_dir / "nemo-rank1.log").exists()
     assert (one.run_dir / "nemo-run" / "experiments").is_dir()
     assert list(one.home.iterdir()) == [], "nothing in ~/.nemo_run"
+    assert files_with(["job_toys"], one.run_dir), "the search finds what NeMo-Run has packed"
+    assert files_with(list(SENTINELS.values()), one.run_dir) == []
 
 
 @slow
@@ -153,28 +158,6 @@ def test_second_interrupt_ends_at_once(started):
     assert code == 130 and "Traceback" not in output
 
 
-@slow
-@pytest.mark.parametrize(("function", "code"), [("write_rank", 0), ("fail", 1), ("refuse", 2), ("die", 137)])
-def test_child(started, function, code):
-    one = started(function, "child")
-    found, output = one.end()
-    assert found == code
-    if function == "fail":
-        assert "ValueError: a bug in rank 1" in output
-    if function == "refuse":
-        assert "Traceback" not in output and "train.jsonl:3: found an unreadable image" in output
-
-
-@slow
-def test_terminated_child(started):
-    one = started("sleep", "child")
-    (worker,) = one.workers(1)
-    one.process.send_signal(signal.SIGTERM)
-    code, output = one.end()
-    assert code == 143 and "no checkpoint yet: the same command with id=one would start over" in output
-    assert not psutil.pid_exists(worker)
-
-
 def test_how_to_go_on_names_the_step_that_a_resume_starts_from(tmp_path):
     from vlmsft.runtime.job import Job, how_to_go_on
 
@@ -209,7 +192,7 @@ def test_marker_is_that_of_nemo():
     assert UNFINISHED_SUFFIX == ModelCheckpoint.UNFINISHED_CHECKPOINT_SUFFIX
 
 
-def test_child_gets_the_frozen_recipe(tmp_path):
+def test_a_frozen_recipe_is_read_back(tmp_path):
     import job_toys
     import nemo_run as run
 

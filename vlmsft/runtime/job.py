@@ -1,8 +1,6 @@
-"""Runs a recipe: in this process, in a child process, or through NeMo-Run's executors.
+"""Runs a recipe: in this process, or through NeMo-Run's executors.
 
 A job is frozen when it is made: what travels to another process is the translated recipe, never the YAML.
-
-    python -m vlmsft.runtime.job RUN_FOLDER     what `start_child` runs
 
 Signals. Ctrl-C and SIGTERM end a training after its step, with a checkpoint (vlmsft.runtime.preemption); a second
 Ctrl-C ends it at once. Either way the exit code is 128 + signal, and the last line says how to go on, and from which
@@ -150,28 +148,11 @@ def _say(text: str) -> None:
         console().print(text, markup=False, highlight=False)
 
 
-# --- in a child process -----------------------------------------------------------------------------------------------
-
-
-def start_child(job: Job) -> int:
-    """Train in a process of its own, and give its exit code: jobs of a multirun don't share NeMo's global state."""
-    Path(job.run_dir, RECIPE_FILE).write_text(ZlibJSONSerializer().serialize(job.recipe), encoding="utf-8")
-    environment = {**os.environ, "PYTHONPATH": _python_path()}
-    ignored = "ignore:The pynvml package:FutureWarning"  # torch's, at import
-    command = [sys.executable, "-W", ignored, "-m", "vlmsft.runtime.job", job.run_dir]
-    child = subprocess.Popen(command, env=environment)
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        if number != signal.SIGINT:  # a terminal sends Ctrl-C to the child as well
-            child.send_signal(number)
-
-    with _handlers(handle, signal.SIGINT, signal.SIGTERM):
-        code = child.wait()
-    return code if code >= 0 else 128 - code
+# --- frozen in a run folder -------------------------------------------------------------------------------------------
 
 
 def read_job(run_dir: str | os.PathLike[str]) -> Job:
-    """The job that `start_child` froze in a run folder."""
+    """The job whose recipe a sweep's launcher froze in a run folder."""
     folder = Path(run_dir)
     recipe = ZlibJSONSerializer().deserialize((folder / RECIPE_FILE).read_text(encoding="utf-8"))
     return Job(recipe, str(folder), folder.parent.name, folder.name)  # type: ignore[arg-type]
@@ -456,17 +437,3 @@ def _append_to_stdout() -> None:
     """Workers open the console a second time: where it is a file, each writer must write at its end."""
     flags = fcntl.fcntl(1, fcntl.F_GETFL)
     fcntl.fcntl(1, fcntl.F_SETFL, flags | os.O_APPEND)
-
-
-def main(run_dir: str) -> None:
-    try:
-        with quiet(run_dir):  # reading the recipe imports NeMo
-            job = read_job(run_dir)
-        run_here(job)
-    except UserError as error:
-        print(format_problems(error), file=sys.stderr)
-        sys.exit(USER_ERROR_EXIT_CODE)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1])
