@@ -22,8 +22,11 @@ PATHS = ("restore_from", "processor", "data.processor", "data.image_folder", *DA
 
 
 def with_absolute_paths(cfg: DictConfig) -> DictConfig:
-    """A copy of the config with PATHS absolute and `~` expanded; null, URLs and hub ids stay as they are."""
-    cfg = copy.deepcopy(cfg)
+    """A copy of the config with PATHS absolute and `~` expanded; null, URLs and hub ids stay as they are.
+
+    Where all are absolute already, it is the config itself.
+    """
+    given = cfg
     for key in PATHS:
         try:
             value = OmegaConf.select(cfg, key, throw_on_missing=True)
@@ -33,6 +36,7 @@ def with_absolute_paths(cfg: DictConfig) -> DictConfig:
             continue  # a hub id
         absolute = _absolute(value)
         if absolute != value:
+            cfg = copy.deepcopy(cfg) if cfg is given else cfg
             OmegaConf.update(cfg, key, absolute, merge=False)
     return cfg
 

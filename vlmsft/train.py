@@ -17,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from vlmsft.cli import command, multirun_job
 from vlmsft.errors import USER_ERROR_EXIT_CODE, Problem, UserError
+from vlmsft.paths import with_absolute_paths
 from vlmsft.runtime.logging import console, quiet, rank_from_environment
 
 if TYPE_CHECKING:
@@ -65,6 +66,7 @@ def main(cfg: DictConfig) -> Start | None:
     is_job = multirun_job() is not None
     if is_job:
         raise_other_launcher()
+    cfg = with_absolute_paths(cfg)
     recipe, executor, problems = check(cfg, leave_out_infeasible=is_job)
     problems += environment_problems(cfg)
     if problems and rank_from_environment() != 0:
@@ -180,8 +182,8 @@ def overrides_of_this_run() -> list[str]:
 
 def prepare(cfg: DictConfig, recipe: run.Partial, executor: run.Config | None, overrides: list[str]) -> Start:
     """Freezes the config: editing YAML afterwards changes nothing of this run."""
+    from vlmsft import yaml_text
     from vlmsft.checks import Facts
-    from vlmsft.paths import with_absolute_paths
     from vlmsft.runtime.job import Job, is_local
 
     cfg = with_absolute_paths(cfg)
@@ -195,7 +197,7 @@ def prepare(cfg: DictConfig, recipe: run.Partial, executor: run.Config | None, o
         num_processes=num_processes(cfg.trainer.devices, cfg.trainer.accelerator),
         num_gpus=num_processes(cfg.trainer.devices, "gpu") if cfg.trainer.accelerator == "gpu" else 0,
         max_steps=cfg.trainer.max_steps,
-        config_yaml=OmegaConf.to_yaml(cfg, resolve=True),
+        config_yaml=yaml_text.dump(OmegaConf.to_container(cfg, resolve=True, enum_to_str=True)),
         overrides=overrides,
         image_folders={source.path: source.image_folder for source in Facts(cfg, None).datasets},
     )

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import functools
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -33,8 +34,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from vlmsft import yaml_text
 from vlmsft.data.records import RecordFile, parse
 from vlmsft.errors import UserError
 
@@ -98,12 +98,12 @@ def write_run_folder(
     run_dir.mkdir(parents=True, exist_ok=True)
     scrubber = Scrubber.from_environment()
     folder, number = _next_folder(run_dir)
-    config = scrubber.tree(yaml.safe_load(config_yaml))
+    config = scrubber.tree(yaml_text.load(config_yaml))
     changes = _changes_to_first(run_dir, config) if number else {}
-    code, patch = code_state(Path(code_dir) if code_dir else Path(__file__).resolve().parent)
+    code, patch = _code_state_now(Path(code_dir) if code_dir else Path(__file__).resolve().parent)
 
-    _write(folder / "config.yaml", _dump_yaml(config))
-    _write(folder / "overrides.yaml", _dump_yaml([scrubber.override(override) for override in overrides]))
+    _write(folder / "config.yaml", yaml_text.dump(config))
+    _write(folder / "overrides.yaml", yaml_text.dump([scrubber.override(override) for override in overrides]))
     if patch:
         _write(folder / "diff.patch", scrubber.text(patch))
     command = [scrubber.override(part) for part in (sys.argv if command is None else command)]
@@ -150,7 +150,7 @@ def _next_folder(run_dir: Path) -> tuple[Path, int]:
 
 
 def _changes_to_first(run_dir: Path, config: Any) -> dict[str, tuple[Any, Any]]:
-    first = flatten(yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8")))
+    first = flatten(yaml_text.load((run_dir / "config.yaml").read_text(encoding="utf-8")))
     now = flatten(config)
     keys = [*first, *(key for key in now if key not in first)]
     return {key: (first.get(key), now.get(key)) for key in keys if first.get(key) != now.get(key)}
@@ -164,10 +164,6 @@ def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
     for key, value in tree.items():
         flat.update(flatten(value, f"{prefix}.{key}" if prefix else str(key)))
     return flat
-
-
-def _dump_yaml(value: Any) -> str:
-    return yaml.safe_dump(value, sort_keys=False, allow_unicode=True, width=120)
 
 
 def _write(path: Path, text: str) -> None:
@@ -239,6 +235,17 @@ class Scrubber:
 
 
 # ------------------------------------------------------------------------------------------------------------- code
+
+
+def _code_state_now(code_dir: Path) -> tuple[dict[str, Any], str]:
+    """code_state, asked for anew only where a file of the code has changed: a sweep's launcher keeps many records."""
+    changed = [path.stat().st_mtime_ns for path in code_dir.rglob("*.py")]
+    return _code_state_of(code_dir, len(changed), max(changed, default=0))
+
+
+@functools.lru_cache(maxsize=1)
+def _code_state_of(code_dir: Path, num_files: int, last_changed: int) -> tuple[dict[str, Any], str]:
+    return code_state(code_dir)
 
 
 def code_state(code_dir: Path) -> tuple[dict[str, Any], str]:
@@ -343,6 +350,7 @@ def _bounded(patch: str) -> tuple[str, int]:
 # --------------------------------------------------------------------------------------------------------- machine
 
 
+@functools.cache
 def package_versions() -> dict[str, str]:
     versions = {"python": platform.python_version()}
     for name in PACKAGES:
@@ -364,6 +372,7 @@ def _torch_cuda_version() -> str:
     return match.group(1).strip("'\"") if match else "unknown"
 
 
+@functools.cache
 def machine() -> dict[str, Any]:
     return {"host": socket.gethostname(), "platform": platform.platform(), "cpus": os.cpu_count(), "gpus": _gpus()}
 

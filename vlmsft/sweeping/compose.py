@@ -7,6 +7,7 @@ always values, so this composes once for each choice of groups, and puts the val
 from __future__ import annotations
 
 import copy
+import functools
 from typing import Any
 
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
@@ -24,6 +25,7 @@ class SweepComposer:
     def __init__(self, loader: ConfigLoaderImpl):
         self._loader = loader
         self._compose = loader.load_sweep_config
+        self._is_group = functools.cache(self._find_group)
         self._parser = OverridesParser.create(config_loader=loader)
         self._bases: dict[tuple[str, ...], DictConfig] = {}
         self._checked: dict[tuple[str, ...], DictConfig] = {}
@@ -62,4 +64,7 @@ class SweepComposer:
         """Whether it changes a value only: no choice of a group, nothing of Hydra's own."""
         if override.is_hydra_override() or override.package is not None or override.is_sweep_override():
             return False
-        return not self._loader.get_group_options(override.key_or_group, results_filter=None)
+        return not self._is_group(override.key_or_group)
+
+    def _find_group(self, key: str) -> bool:
+        return bool(self._loader.get_group_options(key, results_filter=None))

@@ -47,7 +47,7 @@ def identity_of(cfg: DictConfig) -> str:
     of the same config.
     """
     own_id = str(cfg.id) if has_own_id(cfg) else None
-    cfg = with_absolute_paths(cfg)
+    cfg = with_absolute_paths(copy.deepcopy(cfg))
     with open_dict(cfg):
         cfg.id, cfg.run_dir = PLACEHOLDER, PLACEHOLDER  # else each would change whatever refers to it
         cfg.sweep = {"id": None, "num": None, "varies": None}

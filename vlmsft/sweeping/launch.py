@@ -16,13 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import JobReturn, JobStatus, setup_globals
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
-from vlmsft import cli
+from vlmsft import cli, yaml_text
 from vlmsft.config_files import absolute_path
 from vlmsft.errors import Problem, UserError
 from vlmsft.sweeping.compose import SweepComposer
@@ -35,8 +34,6 @@ if TYPE_CHECKING:
     from vlmsft.train import Start
 
 SWEEPS_DIR = "runs/sweeps"
-LOADER, DUMPER = getattr(yaml, "CSafeLoader", yaml.SafeLoader), getattr(yaml, "CSafeDumper", yaml.SafeDumper)
-"""libyaml's where PyYAML has it: ten times as fast."""
 _exit_code = 0
 
 
@@ -80,9 +77,7 @@ class Multirun:
         for job, varies in zip(jobs, varying, strict=True):
             self._place(job, varies)
             with self._as_hydra_job(job):
-                job.start = self._task(
-                    job.cfg
-                )  # a UserError is kept by vlmsft.cli, to be said with those of the others
+                job.start = self._task(job.cfg)  # vlmsft.cli keeps a UserError, to be said with those of the others
         cli.raise_multirun_problems()
         starts = {job.num: job.start for job in jobs if job.start is not None}
         if not starts:
@@ -180,8 +175,8 @@ class Multirun:
         folder = Path(self._config.hydra.sweep.dir)
         written = folder / "multirun.yaml"
         if written.is_file():
-            tree = Scrubber.from_environment().tree(yaml.safe_load(written.read_text(encoding="utf-8")))
-            (ledger.folder / "multirun.yaml").write_text(yaml.safe_dump(tree, sort_keys=False), encoding="utf-8")
+            tree = Scrubber.from_environment().tree(yaml_text.load(written.read_text(encoding="utf-8")))
+            (ledger.folder / "multirun.yaml").write_text(yaml_text.dump(tree), encoding="utf-8")
             written.unlink()
             with suppress(OSError):  # not empty
                 folder.rmdir()
@@ -267,7 +262,7 @@ def row_of(num: int, identity: str, overrides: list[str], start: Start, gpus_per
     if executor is None and start.num_processes > 1:
         executor = torchrun_executor(start.num_processes)
     record = {
-        "config_yaml": yaml.dump(scrubber.tree(yaml.load(start.config_yaml, LOADER)), Dumper=DUMPER, sort_keys=False),
+        "config_yaml": yaml_text.dump(scrubber.tree(yaml_text.load(start.config_yaml))),
         "overrides": [scrubber.override(word) for word in start.overrides],
         "image_folders": start.image_folders,
     }
