@@ -3,7 +3,7 @@ SUPPORTED := import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 13))
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.10 python3; do $$p -c '$(SUPPORTED)' 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
 
-.PHONY: setup demo test test-nemo check lock
+.PHONY: setup demo test test-nemo test-browser test-slurm check lock
 
 setup: .venv/complete
 
@@ -15,20 +15,33 @@ setup: .venv/complete
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --editable .
 	@touch $@
 
-# prepare, train, export, generate; a new run at each time
+# prepare, train, export, generate, evaluate; a new run at each time
 demo: DEMO := $(shell date +%Y%m%d-%H%M%S)
 demo: setup
 	$(BIN)/python -m vlmsft.prepare dataset=sample
 	$(BIN)/python -m vlmsft.train experiment=demo id=$(DEMO)
 	$(BIN)/python -m vlmsft.export_ckpt checkpoint=runs/demo/$(DEMO) output=exports/demo-$(DEMO)
 	$(BIN)/python -m vlmsft.generate checkpoint=exports/demo-$(DEMO) input=vlmsft/data/sample/validation.jsonl output=exports/demo-$(DEMO).answers.jsonl image_folder=vlmsft/data/sample/images max_new_tokens=64 batch_size=16
+	$(BIN)/python -m vlmsft.evaluate 'models={demo: exports/demo-$(DEMO)}' tasks=[sample] generation.max_new_tokens=64
+
+# processes of the test runs; each takes 2 GB with NeMo, and one thread
+WORKERS ?= 2
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=$(WORKERS) --dist=loadfile
 
 test: setup
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 # the tests that import NeMo and train on the CPU (minutes)
 test-nemo: setup
-	$(BIN)/python -m pytest -m nemo
+	$(PYTEST) -m nemo
+
+# needs Debian's chromium
+test-browser: setup
+	$(BIN)/python -m pytest -m browser
+
+# brings up a Slurm on this machine: root, and the packages that tests/slurm/cluster.py names
+test-slurm: setup
+	$(BIN)/python -m pytest -m slurm
 
 check: setup
 	$(BIN)/ruff check .

@@ -159,7 +159,8 @@ def memory_fits(facts: Facts) -> Iterator[Problem]:
         return
     expected = f"at most gpu_memory_gib {limit:g}"
     remedy = (
-        "A smaller data.micro_batch_size or data.decoder_seq_length, recompute_granularity=full, more GPUs or peft=lora"
+        "peft=lora, a larger strategy.tensor_model_parallel_size, more GPUs, recompute_granularity=full, or a smaller "
+        "data.micro_batch_size or data.decoder_seq_length"
     )
     yield Problem("gpu_memory_gib", f"about {estimate.device / sizes.GIB:.0f} GiB a GPU", expected, remedy)
 

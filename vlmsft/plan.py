@@ -30,7 +30,7 @@ def main() -> None:
     _jobs.clear()
     arguments = sys.argv
     with tempfile.TemporaryDirectory() as scratch:
-        sys.argv = [*arguments, f"hydra.sweep.dir={scratch}"]
+        sys.argv = _with_override(arguments, f"hydra.sweep.dir={scratch}")
         try:
             plan()
         finally:
@@ -40,6 +40,12 @@ def main() -> None:
                 from vlmsft.runtime.logging import console
 
                 show(_jobs, console())
+
+
+def _with_override(arguments: list[str], override: str) -> list[str]:
+    """argparse takes overrides from one place only: the new one stands before the first."""
+    first = next((place for place, word in enumerate(arguments) if place and "=" in word), len(arguments))
+    return [*arguments[:first], override, *arguments[first:]]
 
 
 @command("train")
