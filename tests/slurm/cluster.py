@@ -109,7 +109,7 @@ class Cluster:
         lines = self.run("sacct", "-a", "-X", "-n", "-P", "-o", "JobID,State,ExitCode").splitlines()
         return {number: (state.split()[0], code) for number, state, code in (line.split("|") for line in lines)}
 
-    def wait_for(self, job: str, *states: str, seconds: float = 120) -> tuple[str, str]:
+    def wait_for(self, job: str, *states: str, seconds: float = 600) -> tuple[str, str]:
         """Waits until accounting has the job in one of these states; gives state and exit code."""
         deadline = time.monotonic() + seconds
         while (found := self.jobs().get(job, ("unknown", "")))[0] not in states:

@@ -24,6 +24,7 @@ ON_THIS_CLUSTER = [
     "launch.executor.signal=TERM@60",
     "+launch.executor.env_vars.MASTER_ADDR=127.0.0.1",  # the nodes' names are Slurm's only
 ]
+PATIENCE_SECONDS = 1500  # with what takes a minute where nothing else runs
 TINY = [
     "experiment=demo",
     "trainer.callbacks.overfit=null",
@@ -73,7 +74,7 @@ class Launchpad:
     def run(self, command: str, *arguments: str) -> tuple[int, str]:
         """Exit code and output."""
         started = self.start(command, *arguments)
-        output, _ = started.communicate(timeout=600)
+        output, _ = started.communicate(timeout=PATIENCE_SECONDS)
         return started.returncode, output
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 from cluster import free_port
-from conftest import ON_THIS_CLUSTER, TINY, Launchpad
+from conftest import ON_THIS_CLUSTER, PATIENCE_SECONDS, TINY, Launchpad
 from launch_cases import SENTINELS, files_with, made_job
 from sshd import SshServer
 
@@ -32,7 +32,7 @@ def until(found: Callable[[], Any], seconds: float, what: str) -> Any:
     deadline = time.monotonic() + seconds
     while not (value := found()):
         assert time.monotonic() < deadline, f"waited {seconds} s for {what}"
-        time.sleep(0.5)
+        time.sleep(0.2)
     return value
 
 
@@ -150,20 +150,20 @@ def ledger_of(launchpad: Launchpad) -> Ledger:
 def _lose_two_jobs(launchpad: Launchpad) -> None:
     """The first job that trains is preempted, the next one gets scancel."""
     folder = launchpad.folder / "runs" / "sweeps" / "lost"
-    until((folder / "ledger.sqlite").exists, 600, "the ledger")
+    until((folder / "ledger.sqlite").exists, PATIENCE_SECONDS, "the ledger")
 
     def training(but: int | None = None) -> list[JobRow]:
         rows = [row for row in ledger_of(launchpad).jobs() if row.num != but]
-        return [row for row in rows if 2 <= len(steps(Path(row.run_dir))) < NUM_STEPS]
+        return [row for row in rows if 2 <= len(steps(Path(row.run_dir))) < NUM_STEPS - 10]  # not just before its end
 
-    (preempted, *_) = until(training, 600, "a job that trains")
+    (preempted, *_) = until(training, PATIENCE_SECONDS, "a job that trains")
     node = launchpad.cluster.run("squeue", "-h", "-j", number_of(preempted), "-o", "%N").strip()
     urgent = ["sbatch", "--parsable", "-p", "urgent", "-A", "test", "-w", node, "--exclusive", "-o", "/dev/null"]
     number = launchpad.cluster.run(*urgent, "--wrap", "sleep 1").strip()
     launchpad.cluster.wait_for(number, "COMPLETED")
     assert job.newest_checkpoint(preempted.run_dir) is not None and len(steps(Path(preempted.run_dir))) < NUM_STEPS
 
-    (cancelled, *_) = until(lambda: training(but=preempted.num), 600, "another job that trains")
+    (cancelled, *_) = until(lambda: training(but=preempted.num), PATIENCE_SECONDS, "another job that trains")
     launchpad.cluster.run("scancel", number_of(cancelled))
     launchpad.cluster.wait_for(number_of(cancelled), "CANCELLED")
 
