@@ -136,6 +136,17 @@ def test_scores_that_were_made_otherwise_are_neither_in_the_table_nor_in_the_rep
     assert "87.5" in (tmp_path / "two.html").read_text()
 
 
+def test_scores_of_wandb_are_shown_and_said_to_be_unchecked(runs, monkeypatch):
+    from vlmsft.report import wandb_runs
+    from vlmsft.report.record import RunRecord
+
+    records = [RunRecord("demo", id, "", "done", {}, {"sample/exact": 1.0}, curves=lambda: None) for id in "ab"]
+    monkeypatch.setattr(wandb_runs, "offline_runs", lambda folder, group: records)
+    found = find(config(runs, f"wandb={runs}"))
+    assert [run.metrics for run in found.runs] == [{"sample/exact": 1.0}] * 2
+    assert found.notes[0].startswith("W&B doesn't say how evaluation scores were made")
+
+
 def command(runs, *overrides):
     return [sys.executable, "-m", "vlmsft.compare", f"runs_dir={runs}", *overrides]
 

@@ -132,7 +132,7 @@ def find(cfg: DictConfig) -> Found:
 
     runs = with_comparable_scores(runs, cfg.force)
     notes = [f"{run.label}: {note}" for run in runs for note in run.notes]
-    return Found(runs, [*map(str, problems), *notes, *_unchecked(runs), *_offline(runs)])
+    return Found(runs, [*map(str, problems), *notes, *_unchecked(runs), *_offline(cfg, runs)])
 
 
 def _of_folders(cfg: DictConfig) -> tuple[list[RunRecord], list[Problem]]:
@@ -168,11 +168,12 @@ def _unchecked(runs: Sequence[RunRecord]) -> list[str]:
     return [says] if len(scored) > 1 else []
 
 
-def _offline(runs: Sequence[RunRecord]) -> list[str]:
+def _offline(cfg: DictConfig, runs: Sequence[RunRecord]) -> list[str]:
     """The command that sends what W&B has offline only, where there is something."""
     from vlmsft.runtime.wandb_files import sync_command, unsynced_folders
 
-    folders = [folder for run in runs for folder in unsynced_folders(Path(run.location))]
+    places = [Path(run.location) for run in runs] if cfg.wandb is None else [Path(os.path.abspath(cfg.wandb))]
+    folders = [folder for place in places for folder in unsynced_folders(place)]
     if not folders:
         return []
     count = f"{len(folders)} offline W&B folder{'s' if len(folders) > 1 else ''}"

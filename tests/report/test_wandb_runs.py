@@ -12,10 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from config_cases import compose
 from report_cases import sweep
 from score_cases import manifest
 from wandb_server import KEY, Server
 
+from vlmsft.compare import find
 from vlmsft.errors import UserError
 from vlmsft.report.runs import read_run
 from vlmsft.report.scores import with_comparable_scores
@@ -129,7 +131,10 @@ def test_what_is_uploaded_is_listed_no_more(logged, tmp_path):
         mark.unlink()
     folders = unsynced_folders(tmp_path / "run")
     assert len(folders) == 3, "two starts and the evaluation"
-    assert sync_command(folders) == f"wandb sync {folders[0]} {folders[1]} {folders[2]}"
+    command = f"wandb sync {folders[0]} {folders[1]} {folders[2]}"
+    assert sync_command(folders) == command
+    found = find(compose(f"wandb={tmp_path}", config_name="compare"))
+    assert found.notes[-1] == f"3 offline W&B folders not uploaded yet: {command}"
 
 
 def test_groups(logged):
