@@ -14,9 +14,12 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent / "evaluation"))
 
+from config_cases import compose
 from evaluation_toys import last_text, questions, scripted, write_task
 
 from vlmsft.config_files import root
+from vlmsft.evaluate import plan_of
+from vlmsft.evaluation.run import evaluate
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(root())}
 
@@ -34,7 +37,7 @@ def table_of(folder):
     return json.loads(path.read_text())
 
 
-def test_killed_in_the_middle_it_goes_on(tmp_path):
+def test_killed_in_the_middle_it_goes_on(tmp_path, monkeypatch):
     """kill -9: each question is answered once over both starts, and the table is that of a run that wasn't killed."""
     write_task(tmp_path, questions(30))
     with scripted(lambda body, number: right(body, number) if number < 11 else None) as server:
@@ -56,7 +59,8 @@ def test_killed_in_the_middle_it_goes_on(tmp_path):
         assert set(Counter(map(last_text, server.answered)).values()) == {1} and len(server.answered) == 30
         resumed = table_of(tmp_path)
         (tmp_path / "evaluations").rename(tmp_path / "first")
-        assert subprocess.run(command(*arguments), cwd=tmp_path, env=ENVIRONMENT, capture_output=True).returncode == 0
+        monkeypatch.chdir(tmp_path)
+        assert evaluate(plan_of(compose(*arguments, config_name="evaluate"), [])) == 0
         assert len(server.answered) == 60 and table_of(tmp_path) == resumed
     assert resumed["a"]["toy"]["exact_match"]["score"] == 100
 
