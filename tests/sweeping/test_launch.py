@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -86,7 +87,7 @@ def test_a_sweeper_that_reads_what_jobs_returned(run, tmp_path):
 
 
 @pytest.mark.nemo
-def test_dryrun_and_detach(run, tmp_path):
+def test_a_dry_run_starts_nothing_and_a_resume_does(run, tmp_path):
     code, output = train(run, "seed=1,2", "hydra.launcher.dryrun=true", "sweep.id=mine")
     assert code == 0 and "nothing was started: 2 pending" in output and "resume mine" in output
     ledger = the_sweep(tmp_path)
@@ -95,6 +96,48 @@ def test_dryrun_and_detach(run, tmp_path):
     assert code == 0 and [row.state for row in ledger.jobs()] == ["pending", "cancelled"], output
     code, output = run("-m", "vlmsft.sweep", "resume", "mine")
     assert code == 0 and [row.state for row in ledger.jobs()] == ["done"] * 2, output
+
+
+@pytest.mark.nemo
+def test_a_detached_sweep_goes_on_in_the_background(run, tmp_path):
+    (tmp_path / "hold").touch()
+    code, output = train(run, "seed=1,2,3", "hydra.launcher.detach=true", "sweep.id=mine")
+    assert code == 0 and "sweep mine runs in the background" in output, output
+    ledger = the_sweep(tmp_path)
+    try:
+        wait_until(lambda: states_of(ledger) == ["running", "running", "pending"], ledger)
+        code, output = run("-m", "vlmsft.sweep", "status")
+        assert code == 0 and output.startswith("sweep mine: 1 pending, 2 running\n"), output
+        code, output = run("-m", "vlmsft.sweep", "resume", "mine")
+        assert code == 2 and "sweep: found mine, which process" in output, output
+        code, output = run("-m", "vlmsft.sweep", "cancel", "mine", "job=1")
+        assert code == 0, output
+        (tmp_path / "hold").unlink()
+        wait_until(lambda: states_of(ledger) == ["done", "cancelled", "done"], ledger)
+        assert [len(starts(row.run_dir)) for row in ledger.jobs()] == [1, 1, 1]
+    finally:
+        run("-m", "vlmsft.sweep", "cancel", "mine")
+
+
+def states_of(ledger: Ledger) -> list[str]:
+    return [row.state for row in ledger.jobs()]
+
+
+def wait_until(condition, ledger: Ledger) -> None:
+    deadline = time.monotonic() + 120
+    while not condition():
+        log = ledger.folder / "launcher.log"
+        assert time.monotonic() < deadline, (ledger.jobs(), log.read_text())
+        time.sleep(0.1)
+
+
+@pytest.mark.nemo
+def test_a_sweep_of_which_no_job_can_run(run, tmp_path):
+    code, output = train(run, "strategy.tensor_model_parallel_size=3,5", "hydra.launcher.detach=true")
+    assert code == 1 and "Traceback" not in output, output
+    assert "no job was started, since none can run:" in output
+    assert "job 1 (strategy.tensor_model_parallel_size=5): infeasible, strategy.tensor_model_parallel_size" in output
+    assert states_of(the_sweep(tmp_path)) == ["infeasible"] * 2 and not (tmp_path / "runs" / "demo").exists()
 
 
 @pytest.mark.parametrize(

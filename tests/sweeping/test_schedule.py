@@ -15,7 +15,7 @@ import pytest
 import sweep_toys
 
 from vlmsft.errors import UserError
-from vlmsft.sweeping import local
+from vlmsft.sweeping import local, show
 from vlmsft.sweeping.control import cancel_jobs
 from vlmsft.sweeping.ledger import Ledger
 from vlmsft.sweeping.report import RUNS_ALREADY_EXIT_CODE, is_locked, read_report, take_lock
@@ -171,6 +171,8 @@ def test_a_sweep_has_one_launcher(toys):
     busy = pytest.raises(UserError, match=f"process {os.getpid()} on")
     with only_launcher(sweep.folder), busy, only_launcher(sweep.folder):
         pass
+    with only_launcher(sweep.folder), busy:
+        show.detach(sweep.ledger)
     assert sweep.finish() == 0 and read_options(sweep.ledger).on_failure == "continue"
 
 

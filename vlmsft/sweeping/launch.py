@@ -63,7 +63,7 @@ class Multirun:
 
     def __init__(self, context: HydraContext, task: TaskFunction, config: DictConfig, keys: dict[str, Any]):
         global _exit_code
-        _exit_code = 0
+        _exit_code = self._worst = 0
         self._task, self._config, self._keys = task, config, keys
         self._composer = SweepComposer.install(context.config_loader)
         self._folder: Path | None = None
@@ -188,16 +188,20 @@ class Multirun:
         from vlmsft.sweeping import show
 
         global _exit_code
-        if self._keys["dryrun"] or any(start.dry_run for start in starts.values()):
+        if all(start.infeasible for start in starts.values()):
+            show.say_end(ledger, sorted(starts))
+        elif self._keys["dryrun"] or any(start.dry_run for start in starts.values()):
             show.dry_run(ledger, sorted(starts))
         elif self._keys["detach"]:
-            show.detach(ledger, sorted(starts))
+            show.detach(ledger)
         else:
             try:
-                _exit_code = max(_exit_code, show.run_and_show(ledger, sorted(starts)))
+                self._worst = max(self._worst, show.run_and_show(ledger, sorted(starts)))
             except Interrupted as interrupted:
                 sys.exit(128 + interrupted.number)
-        return {row.num: row for row in ledger.jobs()}
+        rows = ledger.jobs()
+        _exit_code = 1 if all(row.state == "infeasible" for row in rows) else self._worst
+        return {row.num: row for row in rows}
 
     def _outcome(self, job: Composed, row: JobRow | None) -> JobReturn:
         returned = _returned(job, row.objective if row is not None else None)

@@ -23,7 +23,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from vlmsft.errors import Problem, UserError
 from vlmsft.sweeping import local
@@ -38,13 +38,15 @@ if TYPE_CHECKING:
     from vlmsft.sweeping.experiment import SweepExperiment
 
 LOCK_FILE = "launcher.lock"
-POLL_SECONDS = 0.2
+POLL_SECONDS = 0.05
 SLURM_POLL_SECONDS = 5.0
 SUBMITTING_THREADS = 16  # as NeMo-Run's Experiment has
 COMPLETING, COMPLETING_SECONDS = "COMPLETING", 60.0  # Slurm's word, and what such a job is waited for
 LEDGER_POLL_SECONDS = 1.0
 UNKNOWN_SECONDS = 300.0
 """After which a submitted job that nobody can tell of is given up."""
+GLANCE_SECONDS = 5.0
+"""For which `vlmsft.sweep status` may keep a sweep to itself."""
 
 
 @dataclass(frozen=True)
@@ -91,20 +93,27 @@ class Watcher:
         """When it was interrupted. waits: for jobs of this machine, which end now"""
 
 
+def try_lock(file: TextIO) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
 @contextlib.contextmanager
-def only_launcher(folder: Path) -> Iterator[None]:
-    """Raises UserError where another process runs this sweep."""
+def only_launcher(folder: Path, wait_seconds: float = 0) -> Iterator[None]:
+    """Raises UserError where another process runs this sweep, and still does after `wait_seconds`."""
     path = folder / LOCK_FILE
     with open(path, "a+", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        deadline = time.monotonic() + wait_seconds
+        while not (is_mine := try_lock(file)) and time.monotonic() < deadline:
+            time.sleep(POLL_SECONDS)
+        if not is_mine:
             file.seek(0)
             by = file.read().strip() or "another process"
             remedy = f"python -m vlmsft.sweep status {folder.name} shows how it is"
-            raise UserError(
-                Problem("sweep", f"{folder.name}, which {by} runs", "a sweep that nobody runs", remedy)
-            ) from None
+            raise UserError(Problem("sweep", f"{folder.name}, which {by} runs", "a sweep that nobody runs", remedy))
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()
@@ -134,7 +143,7 @@ def run_jobs(
 ) -> None:
     """Runs those of the jobs `nums` that are pending, until all are over. Raises Interrupted."""
     watcher = Watcher() if watcher is None else watcher
-    with only_launcher(ledger.folder), _signals():
+    with only_launcher(ledger.folder, GLANCE_SECONDS), _signals():
         settled = settle_submitted(ledger, settle(ledger, nums))
         rows = [row for row in settled if row.state in ("pending", "running")]
         if not any(row.state == "pending" for row in rows):

@@ -19,7 +19,7 @@ from vlmsft.runtime.logging import console, quiet
 from vlmsft.sweeping.ledger import STATES, JobRow, Ledger
 from vlmsft.sweeping.local import OUTPUT_FILE
 from vlmsft.sweeping.objective import progress_of
-from vlmsft.sweeping.schedule import Interrupted, Watcher, read_options, run_jobs
+from vlmsft.sweeping.schedule import Interrupted, Watcher, only_launcher, read_options, run_jobs
 
 LAUNCHER_LOG = "launcher.log"
 REFRESH_SECONDS = 1.0
@@ -28,8 +28,8 @@ STYLES = {"running": "cyan", "done": "green", "failed": "red", "infeasible": "ye
 
 
 def run_and_show(ledger: Ledger, nums: Sequence[int]) -> int:
-    """Runs the pending ones of the jobs, and tells how they go; gives the exit code: 1 unless all are done (or
-    infeasible). Raises Interrupted.
+    """Runs the pending ones of the jobs, and tells how they go; gives the exit code: 1 unless all are done or
+    infeasible, and some are done. Raises Interrupted.
     """
     options, out = read_options(ledger), console()
     before = Counter(row.state for row in ledger.jobs() if row.num in nums)
@@ -43,7 +43,7 @@ def run_and_show(ledger: Ledger, nums: Sequence[int]) -> int:
         raise
     say_end(ledger, nums)
     states = {row.state for row in ledger.jobs() if row.num in nums}
-    return 0 if states <= {"done", "infeasible"} else 1
+    return 0 if states <= {"done", "infeasible"} and states != {"infeasible"} else 1
 
 
 def dry_run(ledger: Ledger, nums: Sequence[int]) -> None:
@@ -59,8 +59,12 @@ def dry_run(ledger: Ledger, nums: Sequence[int]) -> None:
     say(f"to start it: python -m vlmsft.sweep resume {ledger.id}")
 
 
-def detach(ledger: Ledger, nums: Sequence[int]) -> None:
-    """Goes on in a process of its own, which the end of this one or of its terminal doesn't end."""
+def detach(ledger: Ledger) -> None:
+    """Goes on in a process of its own, which the end of this one or of its terminal doesn't end. Raises UserError where
+    another process runs the sweep.
+    """
+    with only_launcher(ledger.folder):
+        pass
     command = [sys.executable, "-m", "vlmsft.sweep", "resume", ledger.id]
     command.append(f"sweeps_dir={ledger.folder.parent}")
     with open(ledger.folder / LAUNCHER_LOG, "ab") as log:
@@ -130,6 +134,10 @@ def say_end(ledger: Ledger, nums: Sequence[int]) -> None:
     console().print(table_of(ledger))
     counts = Counter(row.state for row in rows)
     say(f"sweep {ledger.id}: {counted(counts)}")
+    if counts["infeasible"] == len(rows):
+        say("no job was started, since none can run:")
+        for row in rows:
+            say(f"  {line_of(row)}")
     if counts["pending"] or counts["cancelled"]:
         say(f"to go on: python -m vlmsft.sweep resume {ledger.id}, or the same command again")
     if counts["running"]:
