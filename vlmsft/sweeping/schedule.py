@@ -298,8 +298,8 @@ class Loop:
             self._connected = True
         with ThreadPoolExecutor(SUBMITTING_THREADS) as pool:
             context = contextvars.copy_context  # NeMo-Run keeps its current experiment there
-            futures = {pool.submit(context().run, self._submit_one, row): row for row in rows}
             try:
+                futures = {pool.submit(context().run, self._submit_one, row): row for row in rows}
                 for future in as_completed(futures):
                     self._note_submission(futures[future], future.result())
             finally:
