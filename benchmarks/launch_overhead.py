@@ -6,9 +6,9 @@ Sweep: `vlmsft.train -m` of the demo with --jobs learning rates, up to the point
 composed, checked, translated, written into ledger and run folders, packaged by NeMo-Run. NeMo's import, once a sweep,
 is told apart. It must stay under 20 s beside it.
 
-Job: --jobs commands that do nothing (`true`), 8 at a time, with the record in their run folders (config, state of the
-code, fingerprint of the data), against the same commands submitted by NeMo-Run's Experiment alone, in the same process.
-Beyond NeMo-Run's cost it may be 100 ms.
+Job: commands that do nothing (`true`), with the record in their run folders (config, state of the code, fingerprint of
+the data), against the same commands in NeMo-Run's Experiment alone, in the same process: 64 of them, all at once, up to
+the last one's start. Beyond NeMo-Run's cost it may be 100 ms. Then --jobs of them, 8 at a time, to the last one's end.
 
 Slurm: --slurm of these commands through a real Slurm on loopback (tests/slurm/cluster.py; as root, 0 = left out), up to
 the end of the last one's submission, against the Experiment's. Beyond NeMo-Run's cost it may be 150 ms a job.
@@ -118,19 +118,22 @@ def on_slurm(rows: list) -> Iterator[list]:
         yield [replace(row, executor=frozen(executor), is_local=False) for row in rows]
 
 
-def until_submitted(rows: list) -> tuple[Spent, dict[str, int]]:
-    """What vlmsft's scheduler takes until all are submitted, and how the jobs ended."""
+def until_started(rows: list, start: str, folder: str) -> tuple[Spent, dict[str, int]]:
+    """What vlmsft's scheduler takes until all are started or submitted, all at once, and how the jobs ended.
+
+    start: the method of Loop that does it
+    """
     from vlmsft.sweeping.schedule import Loop
 
     wall, cpu = time.perf_counter(), time.process_time()
-    submit, last = Loop._submit, [0.0, 0.0]
+    original, last = getattr(Loop, start), [0.0, 0.0]
 
-    def submit_and_look(self, rows):
-        submit(self, rows)
+    def start_and_look(self, what):
+        original(self, what)
         last[:] = time.perf_counter() - wall, time.process_time() - cpu
 
-    with mock.patch.object(Loop, "_submit", submit_and_look):
-        states = ours(rows, os.path.abspath("runs/sweeps/slurm"), len(rows))
+    with mock.patch.object(Loop, start, start_and_look):
+        states = ours(rows, os.path.abspath(f"runs/sweeps/{folder}"), len(rows))
     return (last[0], last[1]), states
 
 
@@ -154,22 +157,22 @@ def main() -> None:
         with quiet(folder):
             with measured(spent, "alone"):
                 nemo_run_alone(alone)
-            with measured(spent, "ours"):
+            spent["ours"], _ = until_started(alone, "_start_here", "starts")
+            with measured(spent, "to the end"):
                 states = ours(rows, "runs/sweeps/noop", 8)
             if num_slurm:
                 with on_slurm(rows[:num_slurm]) as submitted:
                     with measured(spent, "Slurm alone"):
                         nemo_run_alone(submitted)
-                    spent["Slurm ours"], states_on_slurm = until_submitted(submitted)
+                    spent["Slurm ours"], states_on_slurm = until_started(submitted, "_submit", "slurm")
     print(f"\n{num_jobs} jobs; seconds\n\n| | wall | CPU | limit |\n|---|---|---|---|")
     line("NeMo's import, once", spent["NeMo's import"])
     line(f"a sweep of {num_jobs} composed, checked, in its ledger, packaged", spent["sweep"], f"{SWEEP_SECONDS:.0f}")
-    of_alone, of_ours = (
-        [each / number for each in spent[name]] for name, number in (("alone", len(alone)), ("ours", num_jobs))
-    )
-    line("a local job, NeMo-Run alone", of_alone)
-    line("a local job, vlmsft, 8 at a time, to its end", of_ours)
+    of_alone, of_ours = ([each / len(alone) for each in spent[name]] for name in ("alone", "ours"))
+    line(f"a local job, NeMo-Run alone, {len(alone)} at once, to its start", of_alone)
+    line(f"a local job, vlmsft, {len(alone)} at once, to its start", of_ours)
     line("difference", [ours - alone for ours, alone in zip(of_ours, of_alone, strict=True)], f"{JOB_SECONDS}")
+    line("a local job, vlmsft, 8 at a time, to its end", [each / num_jobs for each in spent["to the end"]])
     if num_slurm:
         of_alone, of_ours = ([each / num_slurm for each in spent[name]] for name in ("Slurm alone", "Slurm ours"))
         line("a Slurm job, NeMo-Run alone", of_alone)

@@ -8,12 +8,28 @@ from __future__ import annotations
 
 import copy
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import omegaconf.base
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
+
+
+@contextmanager
+def interpolations_parsed_once() -> Iterator[None]:
+    """Keeps the parse trees of interpolations, which OmegaConf makes anew each time that it resolves one: a fifth of
+    what a large sweep's start would cost.
+    """
+    parse = omegaconf.base.parse  # type: ignore[attr-defined]
+    omegaconf.base.parse = functools.cache(parse)  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        omegaconf.base.parse = parse  # type: ignore[attr-defined]
 
 
 class SweepComposer:

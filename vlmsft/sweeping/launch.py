@@ -24,7 +24,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from vlmsft import cli, yaml_text
 from vlmsft.config_files import absolute_path
 from vlmsft.errors import Problem, UserError
-from vlmsft.sweeping.compose import SweepComposer
+from vlmsft.sweeping.compose import SweepComposer, interpolations_parsed_once
 from vlmsft.sweeping.identity import has_own_id, identity_of, sweep_id_of
 from vlmsft.sweeping.ledger import FILE, JobRow, Ledger
 from vlmsft.sweeping.objective import MODES
@@ -71,13 +71,14 @@ class Multirun:
 
     def launch(self, overrides: list[list[str]], first_index: int) -> list[JobReturn]:
         setup_globals()
-        jobs = [self._compose(first_index + number, words) for number, words in enumerate(overrides)]
         varying = self._varying(overrides)
-        ledger_jobs = self._number(jobs)
-        for job, varies in zip(jobs, varying, strict=True):
-            self._place(job, varies)
-            with self._as_hydra_job(job):
-                job.start = self._task(job.cfg)  # vlmsft.cli keeps a UserError, to be said with those of the others
+        with interpolations_parsed_once():
+            jobs = [self._compose(first_index + number, words) for number, words in enumerate(overrides)]
+            ledger_jobs = self._number(jobs)
+            for job, varies in zip(jobs, varying, strict=True):
+                self._place(job, varies)
+                with self._as_hydra_job(job):
+                    job.start = self._task(job.cfg)  # vlmsft.cli keeps a UserError, to be said with the others'
         cli.raise_multirun_problems()
         starts = {job.num: job.start for job in jobs if job.start is not None}
         if not starts:
