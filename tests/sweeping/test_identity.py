@@ -66,6 +66,7 @@ def test_a_relative_path_is_the_file_that_it_names(tmp_path, monkeypatch):
 def test_sweep_id():
     jobs = [("aa", "demo"), ("bb", "demo")]
     assert sweep_id_of(jobs) == sweep_id_of(list(jobs)) and len(sweep_id_of(jobs)) == 8
+    assert all(sweep_id_of([(str(number), "x")])[0].isalpha() for number in range(40)), "no number, as YAML reads it"
     assert sweep_id_of(jobs) != sweep_id_of(jobs[:1]) and sweep_id_of(jobs) != sweep_id_of([("aa", "x"), ("bb", "x")])
 
 
