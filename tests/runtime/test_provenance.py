@@ -105,6 +105,14 @@ def test_clean_repository(repository):
     assert patch == ""
 
 
+def test_a_change_between_two_starts_of_a_process_is_recorded(repository, tmp_path):
+    first, second = tmp_path / "1", tmp_path / "2"
+    write_run_folder(first, CONFIG, [], code_dir=repository / "code")
+    (repository / "code" / "a.py").write_text("x = 3\n")
+    write_run_folder(second, CONFIG, [], code_dir=repository / "code")
+    assert not (first / "diff.patch").exists() and "+x = 3" in (second / "diff.patch").read_text()
+
+
 def test_patch_rebuilds_the_working_tree(repository, tmp_path):
     (repository / "code" / "a.py").write_text("x = 2\n")
     (repository / "code" / "new file.py").write_text("y = 'ü'\n")

@@ -330,7 +330,9 @@ def _diff(top: Path, untracked: Sequence[str]) -> str:
     with tempfile.TemporaryDirectory() as scratch:
         index = Path(scratch) / "index"
         with contextlib.suppress(FileNotFoundError):
-            shutil.copy(Path(_git(top, "rev-parse", "--absolute-git-dir").strip()) / "index", index)
+            shutil.copy2(
+                Path(_git(top, "rev-parse", "--absolute-git-dir").strip()) / "index", index
+            )  # git looks at its mtime
         environment = {"GIT_INDEX_FILE": str(index)}
         for start in range(0, len(untracked), 100):
             names = [f":(literal){name}" for name in untracked[start : start + 100]]
