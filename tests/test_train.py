@@ -30,6 +30,7 @@ DEMO = ["experiment=demo", "trainer.callbacks.overfit=null", "optim.warmup_steps
 SHORT = [f"trainer.max_steps={STEPS}", f"trainer.val_check_interval={VALIDATE_EVERY}", "log.ckpt.save_top_k=-1"]
 LORA = ["peft=lora", "peft.dropout=0.2", "optim.max_lr=2e-2"]
 TWO_RANKS = "trainer.devices=2"
+OFTEN_SAVED = "log.ckpt.every_n_train_steps=3"  # between the validations, too
 BLEND = [
     f"data.train_path={{chat:{{path:{sample_set()}/train.jsonl,weight:3}},ocr:{{path:{sample_set()}/validation.jsonl,weight:1}}}}",
     f"data.validation_path={{seen:{sample_set()}/validation.jsonl,all:{sample_set()}/train.jsonl}}",
@@ -59,8 +60,8 @@ class Runs:
     def of(self, name: str) -> Path:
         return self.folder / RUNS / name
 
-    def job(self, name: str, *overrides: str, cut_from: str | None = None) -> Job:
-        return Job(name, [*DEMO, *SHORT, *batches(4, 4), *overrides], weights_from="start", cut_from=cut_from)
+    def job(self, name: str, *overrides: str, **cut) -> Job:
+        return Job(name, [*DEMO, *SHORT, *batches(4, 4), *overrides], weights_from="start", **cut)
 
     def one_process(self) -> list[Job]:
         steps = ["trainer.max_steps=3", "trainer.val_check_interval=3"]
@@ -68,6 +69,7 @@ class Runs:
         return [
             Job("start", [*DEMO, "trainer.max_steps=2", "trainer.val_check_interval=2"]),
             self.job("reference", watch("ExactValidationLoss", self.folder / "exact-4.json")),
+            self.job("often-saved", OFTEN_SAVED),
             self.job("mb1", *batches(4, 1)),
             self.job("gb20", *batches(20, 5), *steps, watch("ExactValidationLoss", self.folder / "exact-20.json")),
             self.job("lora", *LORA, watch("ChangedParameters", self.folder / "lora.json")),
@@ -103,6 +105,7 @@ class Runs:
     def resumed(self) -> list[Job]:
         return [
             self.job("resumed", cut_from="reference"),
+            self.job("often-saved-resumed", OFTEN_SAVED, cut_from="often-saved", cut_after=6),
             self.job("resumed-mb1", *batches(4, 1), cut_from="reference"),
             self.job("lora-resumed", *LORA, cut_from="lora"),
             self.job("tp2-tp1", cut_from="tp2"),
@@ -159,6 +162,7 @@ def test_logged_speed_counts_the_texts_of_all_ranks_once(runs, reference, name):
     ("name", "uninterrupted"),
     [
         ("resumed", "reference"),
+        ("often-saved-resumed", "often-saved"),
         ("tp2-resumed", "tp2"),
         ("energon-resumed", "energon"),
         ("energon-dp2-resumed", "energon-dp2"),

@@ -23,7 +23,7 @@ TESTS = Path(__file__).parent
 RUNS = Path("runs/demo")
 """Where the demo leaves its runs, from a worker's working directory."""
 CHECKPOINT_AFTER, KILLED_AFTER = 5, 8
-"""What a run that is cut had saved and done, in steps."""
+"""What a run that is cut had saved (after a validation) and done, in steps."""
 
 
 @dataclass
@@ -32,12 +32,14 @@ class Job:
 
     weights_from: the run whose last checkpoint's weights it starts from
     cut_from: the run that it goes on from, as if that had been killed (see cut)
+    cut_after: steps that this one had saved
     """
 
     name: str
     overrides: list[str]
     weights_from: str | None = None
     cut_from: str | None = None
+    cut_after: int = CHECKPOINT_AFTER
     port: int = 0
 
 
@@ -136,15 +138,15 @@ def work(jobs_file: str) -> None:
         if job.weights_from is not None:
             overrides.append(f"restore_from='{last_checkpoint(RUNS / job.weights_from).absolute()}'")
         if job.cut_from is not None:
-            cut(RUNS / job.cut_from, RUNS / job.name)
+            cut(RUNS / job.cut_from, RUNS / job.name, job.cut_after)
         started = time.monotonic()
         train(overrides)
         print(f"{job.name}: {time.monotonic() - started:.1f} s", flush=True)
         forget_megatron()
 
 
-def cut(source: Path, target: Path) -> None:
-    """A run folder as the source's was when KILLED_AFTER steps were done, and CHECKPOINT_AFTER steps saved."""
+def cut(source: Path, target: Path, num_saved: int) -> None:
+    """A run folder as the source's was when KILLED_AFTER steps were done, and `num_saved` steps saved."""
     if os.environ["RANK"] != "0":
         while not target.exists():
             time.sleep(0.1)
@@ -152,7 +154,7 @@ def cut(source: Path, target: Path) -> None:
     (saved,) = (
         path
         for path in (source / "checkpoints").iterdir()
-        if f"-step={CHECKPOINT_AFTER - 1}-" in path.name and not path.name.endswith("-last")
+        if f"-step={num_saved - 1}-" in path.name and not path.name.endswith("-last")
     )
     partial = target.with_name(f"{target.name}.partial")
     for name in (saved.name, f"{saved.name}-last"):
