@@ -314,6 +314,8 @@ def _submit(job: Job, experiment: run.Experiment) -> None:
     status = experiment.status(return_dict=True) or {}
     submitted = ", ".join(str(task["job_id"]) for task in status.values())
     _say(f"submitted {submitted}; run folder {job.run_dir}, output below {experiment._exp_dir}")
+    experiment.clean_mode = False  # `nemorun experiment status` would print as little as this process
+    experiment._save_config()
     manage = f"NEMORUN_HOME={Path(job.run_dir, HOME)} nemorun experiment"
     _say(f"how it is: {manage} status {experiment._id}; logs and cancel likewise")
 
