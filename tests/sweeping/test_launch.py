@@ -110,6 +110,7 @@ def test_a_detached_sweep_goes_on_in_the_background(run, tmp_path):
         assert code == 0 and output.startswith("sweep mine: 1 pending, 2 running\n"), output
         code, output = run("-m", "vlmsft.sweep", "resume", "mine")
         assert code == 2 and "sweep: found mine, which process" in output, output
+        wait_until(lambda: starts(ledger.job(1).run_dir), ledger)  # a claimed job needs its time to start
         code, output = run("-m", "vlmsft.sweep", "cancel", "mine", "job=1")
         assert code == 0, output
         (tmp_path / "hold").unlink()

@@ -114,7 +114,7 @@ def compare(values: Values, base: Values, bootstrap: Bootstrap) -> Difference:
     )
 
 
-# --- one number for each question --------------------------------------------------------------------------------------
+# --- one number for each question -------------------------------------------------------------------------------------
 
 
 class _Question(NamedTuple):

@@ -22,7 +22,7 @@ from vlmsft.errors import Problem, UserError, nearest
 from vlmsft.evaluation.manifest import comparable_facts
 from vlmsft.report.record import Evaluation, RunRecord, SampleAnswer
 from vlmsft.report.summary import nan_notes, num_gpus, summarize
-from vlmsft.runtime.metrics_rows import ENDED_FILE, read_metrics
+from vlmsft.runtime.metrics_rows import ENDED_FILE, FAILURE_FILE, read_metrics
 from vlmsft.runtime.provenance import flatten
 
 if TYPE_CHECKING:
@@ -32,8 +32,6 @@ LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 """libyaml's is ten times as fast, and not built everywhere."""
 FILES = ("config.yaml", "provenance.json", "metrics.csv", "overrides.yaml", "config.yaml.partial")
 """A folder with one of them is a run's."""
-FAILURE_FILE = "failure.json"
-"""What vlmsft.runtime.job leaves of the first worker that failed."""
 FRESH_SECONDS = 600.0
 """A run that has written nothing for so long doesn't run any more: steps and checkpoints take less."""
 MAX_DEPTH = 4

@@ -38,6 +38,7 @@ from torchx.specs.api import AppState, is_terminal
 
 from vlmsft.errors import USER_ERROR_EXIT_CODE, Problem, UserError, format_problems
 from vlmsft.runtime.logging import CONSOLE_PATH, console, log_path, quiet, rank_from_environment
+from vlmsft.runtime.metrics_rows import FAILURE_FILE
 
 FAILED_EXIT_CODE = 1
 CANCELLED_EXIT_CODE = 128 + signal.SIGTERM
@@ -46,8 +47,6 @@ HOME = "nemo-run"
 its own mount, and writes another path there."""
 RECIPE_FILE = "recipe.json"
 """The frozen recipe in a run folder, as NeMo-Run's ZlibJSONSerializer writes it."""
-FAILURE_FILE = "failure.json"
-"""What the first worker that failed has to say, in the run folder."""
 STOP_SECONDS = 120.0
 """Time for workers to end their step and to save a checkpoint."""
 UNFINISHED_SUFFIX = "-unfinished"
@@ -164,8 +163,9 @@ def read_job(run_dir: str | os.PathLike[str]) -> Job:
 def work(finetune: Callable[[], Any], run_dir: str) -> None:
     """What a worker started by an executor runs. The first that fails or is ended by a signal leaves its reason in the
     run folder; launch/slurm.yaml's script looks there whether to requeue the job."""
-    if rank_from_environment() == 0:
-        Path(run_dir, FAILURE_FILE).unlink(missing_ok=True)  # of the attempt before, where Slurm has requeued the job
+    if rank_from_environment() == 0 and "SLURM_RESTART_COUNT" in os.environ:
+        # of the attempt before Slurm requeued the job; other starts have none left, and a faster rank's must stay
+        Path(run_dir, FAILURE_FILE).unlink(missing_ok=True)
     try:
         with _end_on_signal(lambda number: _keep_failure(run_dir, 128 + number, f"{_name(number)}.")), quiet(run_dir):
             finetune()

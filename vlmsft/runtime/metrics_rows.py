@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 from pathlib import Path
 
+FAILURE_FILE = "failure.json"
+"""What the first worker that failed has to say, in the run folder."""
 ENDED_FILE = "finished.json"
 """Beside metrics.csv when the training has come to its end, rather than to an interrupt or an error."""
 

@@ -61,7 +61,8 @@ def identity_of(cfg: DictConfig) -> str:
 def sweep_id_of(jobs: Iterable[tuple[str, str]]) -> str:
     """The id of a sweep, of its jobs' identities and names: the same multirun typed again is the same sweep."""
     digits = hashlib.sha256(json.dumps(list(jobs)).encode()).hexdigest()[:ID_LENGTH]
-    return chr(ord("a") + int(digits[0], 16)) + digits[1:]  # a letter first: YAML takes 12345678 and 3e211004 for numbers
+    # a letter first: YAML takes 12345678 and 3e211004 for numbers
+    return chr(ord("a") + int(digits[0], 16)) + digits[1:]
 
 
 def _plain(node: DictConfig | ListConfig) -> Any:

@@ -23,6 +23,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from vlmsft.errors import USER_ERROR_EXIT_CODE, UserError, format_problems
+from vlmsft.runtime.metrics_rows import FAILURE_FILE
 
 REPORT_FILE = "job.json"
 LOCK_FILE = "job.lock"
@@ -55,7 +56,8 @@ def read_report(run_dir: str | os.PathLike[str]) -> Report | None:
 def forget_report(run_dir: str | os.PathLike[str]) -> None:
     """Before another start, so that what is read later is of that one. Makes the run folder where there is none."""
     Path(run_dir).mkdir(parents=True, exist_ok=True)
-    Path(run_dir, REPORT_FILE).unlink(missing_ok=True)
+    for name in (REPORT_FILE, FAILURE_FILE):
+        Path(run_dir, name).unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
