@@ -13,11 +13,11 @@ from vlmsft.data.records import IMAGE_MARKER
 from vlmsft.errors import Problem, UserError
 from vlmsft.evaluation.chat import chat, client_of, content_parts, error_text, is_of_server
 from vlmsft.evaluation.judge import num_uncached
-from vlmsft.evaluation.progress import Bar
 from vlmsft.evaluation.runner import Counts, Endpoint, Settings, Task, judge_facts
 from vlmsft.evaluation.scorers import Judge, Scorer, package_problems
 from vlmsft.evaluation.store import Answer, Sample, Score, Store
 from vlmsft.evaluation.tasks import Question, data_url, fingerprint, load_questions, picture_bytes, store_samples
+from vlmsft.runtime.bar import Bar
 
 MAX_ERRORS_IN_A_ROW = 20
 """After so many the endpoint counts as gone: each costs num_attempts with growing waits between them."""

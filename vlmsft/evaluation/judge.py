@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from vlmsft.evaluation.chat import chat, client_of, error_text
-from vlmsft.evaluation.progress import Bar
 from vlmsft.evaluation.runner import JudgeSettings
+from vlmsft.runtime.bar import Bar
 
 Messages = list[dict[str, str]]
 OfReply = Callable[[str], float | None]

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
 from vlmsft.data.records import capped
 from vlmsft.errors import Problem, UserError
 from vlmsft.generation.answers_file import AnswersFile
 from vlmsft.generation.generate import Answer, Generator, Prompt, Sampling
 from vlmsft.generation.questions import Question
+from vlmsft.runtime.bar import Bar
 from vlmsft.runtime.logging import console
-
-LINE_SECONDS = 30.0
-"""Between lines where stdout is no terminal."""
 
 NUM_EXAMPLES = 3
 """Answers that the report shows."""
@@ -38,7 +34,7 @@ def ask(
     ordered = sorted(questions, key=lambda q: (len(q.images), q.num_characters), reverse=True)
     failed: list[Problem] = []
     answers.begin()
-    with _Bar(len(ordered)) as bar:
+    with Bar("answers", len(ordered)) as bar:
         for start in range(0, len(ordered), batch_size):
             batch = ordered[start : start + batch_size]
             failed += _ask_batch(generator, batch, sampling, answers, image_folder)
@@ -118,43 +114,3 @@ def examples(records: Sequence[dict]) -> list[dict]:
     ordered = sorted(records, key=lambda record: record["index"])
     step = max(1, len(ordered) // NUM_EXAMPLES)
     return ordered[::step][:NUM_EXAMPLES]
-
-
-class _Bar:
-    """A bar in a terminal, a line now and then elsewhere."""
-
-    def __init__(self, total: int):
-        self._total, self._done = total, 0
-        self._last_line = time.monotonic()
-        self._progress: Progress | None = None
-        if console().is_terminal:
-            columns = (
-                SpinnerColumn(),
-                TextColumn("answers"),
-                BarColumn(bar_width=40),
-                MofNCompleteColumn(),
-                TimeRemainingColumn(),
-                TextColumn("{task.fields[details]}"),
-            )
-            self._progress = Progress(*columns, console=console())
-            self._task = self._progress.add_task("", total=total, details="")
-
-    def __enter__(self) -> _Bar:
-        if self._progress:
-            self._progress.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self._progress:
-            self._progress.stop()
-
-    def advance(self, count: int, cut: int, failed: int) -> None:
-        self._done += count
-        counts = ((cut, "cut"), (failed, "failed"))
-        details = "  ".join(f"{number} {what}" for number, what in counts if number)
-        now = time.monotonic()
-        if self._progress:
-            self._progress.update(self._task, advance=count, details=details)
-        elif now - self._last_line >= LINE_SECONDS:
-            self._last_line = now
-            console().print(f"answers {self._done}/{self._total}  {details}".rstrip(), markup=False, highlight=False)

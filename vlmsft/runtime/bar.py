@@ -1,4 +1,4 @@
-"""How far an evaluation is: a bar in a terminal, a line now and then elsewhere."""
+"""How far a number of answers or calls is: a bar in a terminal, a line now and then elsewhere."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ LINE_SECONDS = 30.0
 
 
 class Bar:
-    """label: "base, sample"; counts given to `advance` are shown where they are not zero."""
+    """label: what is counted; counts given to `advance` are shown where they are not zero"""
 
     def __init__(self, label: str, total: int):
         self._label, self._total, self._done = label, total, 0
@@ -40,13 +40,13 @@ class Bar:
         if self._progress:
             self._progress.stop()
 
-    def advance(self, **counts: int) -> None:
-        """One more is done."""
-        self._done += 1
+    def advance(self, num: int = 1, **counts: int) -> None:
+        """`num` more are done."""
+        self._done += num
         details = "  ".join(f"{number} {what}" for what, number in counts.items() if number)
         now = time.monotonic()
         if self._progress:
-            self._progress.update(self._task, advance=1, details=details)
+            self._progress.update(self._task, advance=num, details=details)
         elif now - self._last_line >= LINE_SECONDS:
             self._last_line = now
             text = f"{self._label}: {self._done}/{self._total}  {details}".rstrip()
