@@ -37,7 +37,7 @@ TRAIN = ["-m", "vlmsft.train"]
 CASES = {
     "--cfg job": (TRAIN, ["experiment=demo", "--cfg", "job"]),
     "--help": (TRAIN, ["experiment=demo", "--help"]),
-    "-m, 4 jobs": (["-c", DOOR], ["-m", "experiment=demo", "optim.max_lr=1e-3,2e-3", "seed=1,2"]),
+    "-m, 4 jobs": (["-c", DOOR], ["-m", "experiment=demo", "hydra/launcher=basic", "seed=1,2", "optim.max_lr=1,2"]),
 }
 
 
