@@ -51,8 +51,12 @@ def launch_sweep(num_jobs: int) -> None:
     rates = ",".join(f"{1e-3 + number * 1e-6:.6f}" for number in range(num_jobs))
     words = ["experiment=demo", f"optim.max_lr={rates}", "hydra.launcher.dryrun=true"]
     command = mock.patch.object(sys, "argv", ["train", "-m", *words, "sweep.id=bench"])
-    with command, contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()):
-        train.main()
+    with command, contextlib.redirect_stdout(io.StringIO()):
+        try:
+            train.main()
+        except SystemExit as end:
+            if end.code:
+                raise
 
 
 def noop_rows(num_jobs: int) -> list:

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from vlmsft.errors import UserError
-from vlmsft.sweeping.launch import raise_shared_run_folders, raise_wrong_keys
+from vlmsft.sweeping.launch import Composed, first_of_each, raise_shared_run_folders, raise_wrong_keys
 
 KEYS = {
     "max_parallel": None,
@@ -31,3 +31,11 @@ def test_wrong_keys_of_the_launcher_come_in_one_message():
     with pytest.raises(UserError) as error:
         raise_wrong_keys(KEYS | wrong)
     assert [problem.where for problem in error.value.problems] == [f"hydra.launcher.{name}" for name in wrong]
+
+
+def test_a_job_that_trains_what_another_does_is_named_and_run_once(capfd):
+    jobs = [Composed(index, [], None, None, "", num) for index, num in enumerate((0, 1, 0))]  # type: ignore[arg-type]
+    varying = [["log=default"], ["seed=2"], ["log=wandb"]]
+    assert first_of_each(jobs, varying) == [(jobs[0], varying[0]), (jobs[1], varying[1])]
+    said = " ".join(capfd.readouterr().out.split())
+    assert "log=wandb trains what log=default does" in said and "seed=2" not in said

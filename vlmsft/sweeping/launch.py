@@ -10,7 +10,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,14 +80,15 @@ class Multirun:
                 with self._as_hydra_job(job):
                     job.start = self._task(job.cfg)  # vlmsft.cli keeps a UserError, to be said with the others'
         cli.raise_multirun_problems()
-        starts = {job.num: job.start for job in jobs if job.start is not None}
+        firsts = first_of_each(jobs, varying)
+        starts = {job.num: job.start for job, _ in firsts if job.start is not None}
         if not starts:
             return [_returned(job, None) for job in jobs]
         raise_shared_run_folders(starts)
         assert self._folder is not None
         ledger = Ledger(self._folder, create=True)
         self._keep_multirun_yaml(ledger)
-        self._write(ledger, jobs, varying, ledger_jobs)
+        self._write(ledger, firsts, ledger_jobs)
         rows = self._run(ledger, starts)
         return [self._outcome(job, rows.get(job.num)) for job in jobs]
 
@@ -151,12 +152,13 @@ class Multirun:
 
     # -- writing
 
-    def _write(self, ledger: Ledger, jobs: list[Composed], varying: list[list[str]], known: dict[int, JobRow]) -> None:
+    def _write(self, ledger: Ledger, jobs: list[tuple[Composed, list[str]]], known: dict[int, JobRow]) -> None:
+        """jobs: each with what varies"""
         from vlmsft.runtime.provenance import Scrubber
 
         scrubber = Scrubber.from_environment()
         rows = []
-        for job, varies in zip(jobs, varying, strict=True):
+        for job, varies in jobs:
             row = known.get(job.num)
             if job.start is not None and (row is None or row.state not in ("done", "running", "failed")):
                 shown = [scrubber.override(word) for word in varies]
@@ -236,6 +238,22 @@ def raise_wrong_keys(keys: dict[str, Any]) -> None:
         problems.append(("objective", keys["objective"], "a column of metrics.csv"))
     if problems:
         raise UserError(Problem(f"hydra.launcher.{name}", repr(value), expected) for name, value, expected in problems)
+
+
+def first_of_each(jobs: Sequence[Composed], varying: Sequence[list[str]]) -> list[tuple[Composed, list[str]]]:
+    """Jobs with what varies, without those that train what an earlier one of the same batch does, which are named: an
+    optimising sweeper may well suggest a point twice, a user may have varied only what changes no result."""
+    from vlmsft.sweeping.show import say
+
+    firsts: dict[int, tuple[Composed, list[str]]] = {}
+    for job, varies in zip(jobs, varying, strict=True):
+        first, its = firsts.setdefault(job.num, (job, varies))
+        if first is not job:
+            say(
+                f"{' '.join(varies) or 'a job'} trains what {' '.join(its) or 'another job'} does, and isn't run "
+                "beside it: they differ at most in keys that change no result. To run both, give each an id"
+            )
+    return list(firsts.values())
 
 
 def raise_shared_run_folders(starts: dict[int, Start]) -> None:
