@@ -1,0 +1,556 @@
+"""Does the GPU wait for photographs? `python -m vlmsft.train` at the 11B model's shape, LoRA, one GPU, files from disk.
+
+    python benchmarks/input_pipeline.py --output pipeline.jsonl
+    python benchmarks/input_pipeline.py --cases main more
+    python benchmarks/input_pipeline.py --table pipeline.jsonl
+
+Each case is a process of its own, started as a user starts it, with random weights; what it wrote into metrics.csv is
+read afterwards. A JSON line is written as soon as a case has ended, a case that fails is one, and a Markdown table
+comes last. A case takes two minutes, most of it to import NeMo and to build the model.
+
+photographs   400 JPEG files of 1, 2 and 4 tiles (SIZES), cropped and scaled from the packaged sample set, with noise as
+              a camera has, so that a file of 640x480 has the 100 to 200 KB of a real one. The same on every machine.
+conversations 1 to 4 turns in Japanese, the sample set's sentences recombined, 50 to 600 tokens
+processor     the sample set's with tiles of 560 pixels and Llama 3.2's ids: a vocabulary of 128256, special tokens at
+              128000 to 128255, <|image|> at 128256. The merges are still the sample set's 240: Meta's tokenizer may not
+              be passed on. Both are byte-level BPE in the `tokenizers` package behind the same split.
+loader alone  before each case, in a process without a model: samples per second that the same workers bring, pinned
+
+data wait     share of the time after the first WARM_UP steps that the training's process waited for its loader. LIMIT
+              is what the GPU may lose to it
+first wait    seconds in the first step: its workers start, load the tokenizer and fill the first batches
+
+Without a GPU: the tiny model on the CPU, which shows that the script works and measures nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import functools
+import json
+import multiprocessing
+import os
+import random
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from vlmsft.config_files import sample_set
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+PACKAGES = (
+    "torch",
+    "transformer_engine",
+    "megatron-core",
+    "nemo_toolkit",
+    "megatron-energon",
+    "transformers",
+    "pillow",
+)
+LIMIT = 0.02
+WARM_UP = 4  # steps; kernels are compiled in the first ones
+SIZES = {  # width and height: how often. What COCO has, and larger ones
+    (640, 480): 8,
+    (480, 640): 4,
+    (640, 427): 4,
+    (500, 375): 4,
+    (420, 560): 1,
+    (1024, 768): 2,
+    (1280, 960): 2,
+    (960, 1280): 1,
+}
+TOKENS = (50, 600)
+TEXT_VOCABULARY, VOCABULARY = 128000, 128256
+NAMED_SPECIAL_TOKENS = 16  # the first ones, in the sample set as in Llama
+SPEEDS = (
+    "samples_per_second",
+    "tokens_per_second",
+    "step_seconds",
+    "tflops_per_second_per_gpu",
+    "mfu",
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    data: str
+    micro_batch_size: int
+    num_workers: int
+    group: str = "main"
+
+
+CASES = (
+    Case("preloaded", 4, 8),
+    Case("energon", 4, 8),
+    Case("preloaded", 8, 8, "more"),
+    Case("preloaded", 1, 8, "more"),
+    Case("preloaded", 4, 2, "default workers"),
+    Case("energon", 8, 4, "other"),
+)
+
+
+@dataclass(frozen=True)
+class Scale:
+    """What differs between a GPU and the trial without one."""
+
+    photographs: int
+    tile: int
+    steps: int
+    global_batch_size: int
+    overrides: tuple[str, ...]
+
+    @property
+    def is_trial(self) -> bool:
+        return self.tile != 560
+
+
+ON_GPU = Scale(
+    photographs=400,
+    tile=560,
+    steps=14,
+    global_batch_size=32,
+    overrides=(
+        "model=mllama_11b",
+        "peft=lora",
+        "model.config.gate_init=0.5",
+        "strategy=megatron",
+        "precision=bf16-mixed",
+        "data.decoder_seq_length=1024",
+        "optim.max_lr=1e-4",
+    ),
+)
+TRIAL = Scale(
+    photographs=64,
+    tile=112,
+    steps=6,
+    global_batch_size=8,
+    overrides=(
+        "experiment=demo",
+        "peft=lora",
+        "trainer.callbacks.overfit=null",
+        "data.decoder_seq_length=1024",
+        "model.config.language_model_config.seq_length=1024",
+    ),
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, help="file for the JSON lines, appended to")
+    parser.add_argument("--cases", nargs="+", default=["main"], choices=sorted({case.group for case in CASES}))
+    parser.add_argument("--steps", type=int, help=f"of each case; {ON_GPU.steps} if not given")
+    parser.add_argument("--case-timeout", type=float, default=300, help="seconds after which a case is ended")
+    parser.add_argument("--logs", type=Path, help="folder that keeps each case's output")
+    parser.add_argument("--table", type=Path, help="print the table of an earlier run's lines instead")
+    arguments = parser.parse_args()
+    if arguments.table is not None:
+        print(table([json.loads(line) for line in arguments.table.read_text(encoding="utf-8").splitlines()]))
+        return
+    scale = ON_GPU if gpu_name() else TRIAL
+    steps = arguments.steps or scale.steps
+    with tempfile.TemporaryDirectory() as scratch:
+        files = make_files(Path(scratch), scale)
+        results = []
+        for case in (case for case in CASES if case.group in arguments.cases):
+            result = {**run(case, scale, files, steps, arguments), **files.about}
+            results.append(result)
+            print({name: value for name, value in result.items() if name not in ("rows", "command")}, flush=True)
+            if arguments.output is not None:
+                with open(arguments.output, "a", encoding="utf-8") as file:
+                    file.write(json.dumps(result, ensure_ascii=False) + "\n")
+    print(f"\n{table(results)}")
+
+
+# --- the files --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Files:
+    """The data set in a folder. about: what the results say of it"""
+
+    folder: Path
+    about: dict[str, Any]
+
+    @property
+    def images(self) -> Path:
+        return self.folder / "images"
+
+    @property
+    def records(self) -> Path:
+        return self.folder / "train.jsonl"
+
+    @property
+    def shards(self) -> Path:
+        return self.folder / "shards"
+
+    @property
+    def processor(self) -> Path:
+        return self.folder / "processor"
+
+
+def make_files(folder: Path, scale: Scale) -> Files:
+    started = time.monotonic()
+    files = Files(folder, {})
+    make_processor(files.processor, scale.tile)
+    files.images.mkdir()
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(lambda number: make_photograph(files.images, number), range(scale.photographs)))
+    write_records(files, scale.photographs)
+    write_shards(files)
+    files.about.update(about(files, scale.photographs))
+    print(f"{time.monotonic() - started:.1f} s for {files.about}", flush=True)
+    return files
+
+
+def make_processor(folder: Path, tile: int) -> None:
+    """The sample set's with tiles of `tile` pixels; Llama's ids where these are the model's (560)."""
+    shutil.copytree(Path(sample_set(), "processor"), folder)
+    rewrite(folder / "preprocessor_config.json", lambda settings: settings | {"size": {"height": tile, "width": tile}})
+    if tile == 560:
+        rewrite(folder / "tokenizer.json", with_llama_ids)
+        rewrite(folder / "tokenizer_config.json", without_ids)
+
+
+def rewrite(path: Path, change: Any) -> None:
+    path.write_text(json.dumps(change(json.loads(path.read_text(encoding="utf-8")))), encoding="utf-8")
+
+
+def with_llama_ids(tokenizer: dict[str, Any]) -> dict[str, Any]:
+    """Tokens that no text becomes up to 128000, special tokens up to 128255, <|image|> behind them."""
+    vocabulary, tokens = tokenizer["model"]["vocab"], tokenizer["added_tokens"]
+    vocabulary.update({f"<unused {number}>": number for number in range(len(vocabulary), TEXT_VOCABULARY)})
+    *named, image = tokens
+    assert len(named) == NAMED_SPECIAL_TOKENS, named
+    highest = max(
+        int(found[1]) for token in named if (found := re.search(r"reserved_special_token_(\d+)", token["content"]))
+    )
+    num_more = VOCABULARY - TEXT_VOCABULARY - len(named)
+    more = [image | {"content": f"<|reserved_special_token_{highest + 1 + n}|>"} for n in range(num_more)]
+    for number, token in enumerate([*named, *more, image]):
+        token["id"] = TEXT_VOCABULARY + number
+    tokenizer["added_tokens"] = [*named, *more, image]
+    for name, token in tokenizer["post_processor"]["special_tokens"].items():
+        token["ids"] = [entry["id"] for entry in named if entry["content"] == name]
+    return tokenizer
+
+
+def without_ids(settings: dict[str, Any]) -> dict[str, Any]:
+    """tokenizer.json has them."""
+    return {name: value for name, value in settings.items() if name != "added_tokens_decoder"}
+
+
+def make_photograph(folder: Path, number: int) -> None:
+    chooser = random.Random(number)
+    sources = sorted(Path(sample_set(), "images").glob("*.jpg"))
+    width, height = chooser.choices(list(SIZES), list(SIZES.values()))[0]
+    with Image.open(sources[number % len(sources)]) as source:
+        photograph = source.convert("RGB")
+    share = chooser.uniform(0.6, 1.0)  # of the source, in the shape of the new one
+    scale = share * min(photograph.width / width, photograph.height / height)
+    left = chooser.uniform(0, photograph.width - scale * width)
+    top = chooser.uniform(0, photograph.height - scale * height)
+    box = (left, top, left + scale * width, top + scale * height)
+    pixels = np.asarray(photograph.resize((width, height), Image.Resampling.BICUBIC, box), np.float32)
+    noise = np.random.default_rng(number).normal(0, 5, (height, width, 1)).astype(np.float32)
+    noisy = Image.fromarray((pixels + noise).clip(0, 255).astype(np.uint8))
+    noisy.save(folder / f"{number:06d}.jpg", quality=90)
+
+
+def write_records(files: Files, count: int) -> None:
+    """One record a photograph; lengths spread evenly over TOKENS' logarithm."""
+    from vlmsft.data.encode import SampleEncoder
+
+    tokenizer = SampleEncoder(str(files.processor), TOKENS[1]).processor.tokenizer
+    questions, answers = sentences()
+    with open(files.records, "w", encoding="utf-8") as file:
+        for number in range(count):
+            chooser = random.Random(number)
+            length = round(np.exp(chooser.uniform(*np.log(TOKENS))))
+            turns = conversation(chooser, questions, answers, length, lambda text: len(tokenizer.tokenize(text)))
+            record = {"id": str(number), "image": f"{number:06d}.jpg", "conversations": turns}
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+
+def sentences() -> tuple[list[str], list[str]]:
+    """Questions and answers of the sample set."""
+    lines = Path(sample_set(), "train.jsonl").read_text(encoding="utf-8").splitlines()
+    turns = [turn for line in lines for turn in json.loads(line)["conversations"]]
+    questions = {turn["value"].replace("<image>\n", "") for turn in turns if turn["from"] == "human"}
+    return sorted(questions), sorted({turn["value"] for turn in turns if turn["from"] == "gpt"})
+
+
+def conversation(
+    chooser: random.Random, questions: list[str], answers: list[str], length: int, count: Any
+) -> list[dict[str, str]]:
+    """Turns of at least `length` tokens in all; long answers are of several sentences."""
+    num_turns, turns, so_far = chooser.randint(1, 4), [], 0
+    for number in range(num_turns):
+        question = chooser.choice(questions)
+        so_far += count(question)
+        answer = ""
+        while not answer or so_far + count(answer) < length * (number + 1) / num_turns:
+            answer += chooser.choice(answers)
+        so_far += count(answer)
+        turns.append({"from": "human", "value": f"<image>\n{question}" if number == 0 else question})
+        turns.append({"from": "gpt", "value": answer})
+        if so_far >= length:
+            break
+    return turns
+
+
+def write_shards(files: Files) -> None:
+    """As vlmsft.prepare writes them."""
+    from vlmsft.data.prepare import energon, shards
+    from vlmsft.data.records import RecordFile
+
+    files.shards.mkdir()
+    options: dict[str, Any] = {"max_mb": 16.0, "max_records": 1000, "shuffle_seed": 42}
+    planned = shards.plan(files.shards, "train", RecordFile(files.records), files.images, **options)
+    written = list(shards.write_all(planned, 4))
+    energon.write_metadata(files.shards, {shard.name: shard.num_records for shard in written}, 1)
+
+
+def about(files: Files, count: int) -> dict[str, Any]:
+    """Means over the samples, and the share of photographs by tiles."""
+    from vlmsft.data.dataset import ConversationDataset
+
+    dataset = ConversationDataset(str(files.records), str(files.images), str(files.processor), 4096)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        samples = list(pool.map(lambda n: (len((s := dataset.sample(n)).tokens), int(s.num_tiles[0])), range(count)))
+    tokens, tiles = ([sample[part] for sample in samples] for part in (0, 1))
+    sizes = [path.stat().st_size for path in files.images.iterdir()]
+    return {
+        "photographs": count,
+        "mean_kilobytes": round(statistics.mean(sizes) / 1000),
+        "mean_tiles": round(statistics.mean(tiles), 2),
+        "mean_tokens": round(statistics.mean(tokens)),
+        "tokens_from_to": [min(tokens), max(tokens)],
+    }
+
+
+# --- one case ---------------------------------------------------------------------------------------------------------
+
+
+def run(case: Case, scale: Scale, files: Files, steps: int, arguments: argparse.Namespace) -> dict[str, Any]:
+    """What the case gave, or the end of what it printed as `error`."""
+    name = f"{case.data}-{case.micro_batch_size}-{case.num_workers}"
+    command = [sys.executable, "-m", "vlmsft.train", *overrides(case, scale, files, steps, name)]
+    shown = " ".join(["python", *command[1:]]).replace(f"{files.folder}/", "")
+    result = {**asdict(case), "steps": steps, "global_batch_size": scale.global_batch_size, **machine()}
+    result |= {"alone_samples_per_second": loader_alone(case, files), "command": shown}
+    started = time.monotonic()
+    output, code = output_of(command, files.folder, arguments.case_timeout)
+    if arguments.logs is not None:
+        arguments.logs.mkdir(parents=True, exist_ok=True)
+        (arguments.logs / f"{name}.log").write_text(output, encoding="utf-8")
+    result["seconds"] = round(time.monotonic() - started, 1)
+    try:
+        result |= speeds(files.folder / "runs" / "pipeline" / name / "metrics.csv")
+    except (OSError, ValueError, KeyError) as error:
+        return result | {"error": f"exit code {code}, {error!r}: {output[-1500:]}"}
+    return result if code == 0 else result | {"error": f"exit code {code}: {output[-1500:]}"}
+
+
+def overrides(case: Case, scale: Scale, files: Files, steps: int, name: str) -> list[str]:
+    paths = {
+        "preloaded": [f"data.train_path={files.records}", f"data.image_folder={files.images}"],
+        "energon": [f"data.path={files.shards}"],
+    }
+    return [
+        f"data={case.data}",
+        *scale.overrides,
+        *paths[case.data],
+        "data.validation_path=null",
+        f"processor={files.processor}",
+        f"data.micro_batch_size={case.micro_batch_size}",
+        f"data.global_batch_size={scale.global_batch_size}",
+        f"data.num_workers={case.num_workers}",
+        "name=pipeline",
+        f"id={name}",
+        "restore_from=null",
+        "trainer.devices=1",
+        f"trainer.max_steps={steps}",
+        f"trainer.val_check_interval={steps}",
+        "trainer.callbacks.answers=null",
+        "optim.warmup_steps=2",
+        "log.ckpt=null",
+    ]
+
+
+def output_of(command: list[str], folder: Path, timeout: float) -> tuple[str, int]:
+    """What it printed, and its exit code."""
+    environment = {**os.environ, "PYTHONPATH": f"{REPOSITORY}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+    try:
+        ended = subprocess.run(
+            command,
+            cwd=folder,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=timeout,
+        )
+    except subprocess.TimeoutExpired as expired:
+        printed = expired.stdout or b""
+        return printed.decode(errors="replace") if isinstance(printed, bytes) else printed, 124
+    return ended.stdout, ended.returncode
+
+
+def speeds(path: Path) -> dict[str, Any]:
+    """Medians after the warm-up; the wait as a share of the whole time, in which a single long one shows."""
+    with open(path, encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    warm = rows[min(WARM_UP, len(rows) - 1) :]
+    waits = [float(row["data_wait_fraction"]) * float(row["step_seconds"]) for row in rows]
+    share = sum(waits[-len(warm) :]) / sum(float(row["step_seconds"]) for row in warm)
+    return {
+        **{name: median(row[name] for row in warm) for name in SPEEDS},
+        "data_wait_share": share,
+        "longest_wait_seconds": max(waits[-len(warm) :]),
+        "first_wait_seconds": waits[0],
+        "first_step_seconds": float(rows[0]["step_seconds"]),
+        "peak_memory_gib": median(rows[-1:][0][name] for name in ("peak_memory_gib",)),
+        "is_within_limit": share < LIMIT,
+        "rows": [
+            {name: row[name] for name in ("step_seconds", "data_wait_fraction", "samples_per_second")} for row in rows
+        ],
+    }
+
+
+def median(cells: Iterable[str]) -> float | None:
+    values = [float(cell) for cell in cells if cell]
+    return statistics.median(values) if values else None
+
+
+# --- the loader alone -------------------------------------------------------------------------------------------------
+
+
+def loader_alone(case: Case, files: Files) -> float | None:
+    """Samples per second, in a process of its own: pinning takes memory of the GPU."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        try:
+            return round(pool.submit(samples_per_second, case, str(files.folder)).result(timeout=120), 1)
+        except Exception as error:  # the training says more
+            print(f"the loader alone failed: {error!r}", flush=True)
+            return None
+
+
+def samples_per_second(case: Case, folder: str, num_batches: int = 60) -> float:
+    import torch
+
+    multiprocessing.set_start_method("fork", force=True)  # as in a training; here it would be as this process' own
+    batches = iter(batches_of(case, Files(Path(folder), {}), torch.cuda.is_available()))
+    for _ in range(2 * case.num_workers + 1):  # these are made while the workers start
+        next(batches)
+    started = time.perf_counter()
+    for _ in range(num_batches):
+        next(batches)
+    return num_batches * case.micro_batch_size / (time.perf_counter() - started)
+
+
+def batches_of(case: Case, files: Files, pin_memory: bool) -> Iterable[Any]:
+    """Endless, as the training's data module gives them to one rank."""
+    processor = str(files.processor)
+    if case.data == "energon":
+        from vlmsft.data.encode import SampleEncoder
+        from vlmsft.data.energon_shards import ShardFolder
+        from vlmsft.data.energon_stream import StreamOptions, TrainStream
+
+        folders, encoder = [ShardFolder.open(files.shards, "train")], SampleEncoder(processor, 1024)
+        options = StreamOptions(case.micro_batch_size, case.num_workers, 0, 100, 100, 16)
+        return TrainStream(folders, [1.0], encoder, options, rank=0, size=1, pin_memory=pin_memory)
+    from vlmsft.data.dataset import ConversationDataset, UserErrorLoader
+    from vlmsft.data.order import Share, TrainOrder
+
+    dataset = ConversationDataset(str(files.records), str(files.images), processor, 1024)
+    share = Share(case.micro_batch_size, case.micro_batch_size, 0, 1)
+    order: Any = TrainOrder(len(dataset), 0, 0, share)
+    loading: dict[str, Any] = {"num_workers": case.num_workers, "pin_memory": pin_memory}
+    return UserErrorLoader(dataset, mode="train", batch_sampler=order, collate_fn=dataset.collate, **loading)
+
+
+# --- what it ran on, and the table ------------------------------------------------------------------------------------
+
+
+@functools.cache
+def gpu_name() -> str | None:
+    """Of the first GPU; asked without torch, which would take some of its memory."""
+    try:
+        asked = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+        return subprocess.run(asked, check=True, capture_output=True, text=True).stdout.splitlines()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        return None
+
+
+def machine() -> dict[str, Any]:
+    shared = shutil.disk_usage("/dev/shm").total / 2**30 if Path("/dev/shm").exists() else None
+    return {
+        "date": time.strftime("%Y-%m-%d"),
+        "device": gpu_name() or "CPU (a trial)",
+        "cores": len(os.sched_getaffinity(0)),
+        "shared_memory_gib": shared and round(shared, 1),
+        "versions": ", ".join(f"{name} {found}" for name in PACKAGES if (found := version_of(name))),
+    }
+
+
+def version_of(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    first = results[0]
+    lines = [
+        f"{first['date']}, {first['device']}, {first['cores']} cores, {first['versions']}",
+        "",
+        f"{first['photographs']} photographs of {first['mean_kilobytes']} KB and {first['mean_tiles']} tiles on average,"
+        f" {first['mean_tokens']} text tokens ({first['tokens_from_to'][0]} to {first['tokens_from_to'][1]}), "
+        f"global batch {first['global_batch_size']}, medians after {WARM_UP} of {first['steps']} steps:",
+        "",
+        "| data | micro batch | workers | samples/s | loader alone | tokens/s | MFU | TFLOP/s | peak GiB | step s "
+        f"| data wait (limit {LIMIT:.0%}) | longest wait in a step | first wait |",
+        "|" + "---|" * 13,
+    ]
+    for result in results:
+        cells = [result["data"], result["micro_batch_size"], result["num_workers"]]
+        if "error" in result:
+            cells.append(f"failed: {result['error'].strip().splitlines()[-1][:80]}")
+        if "samples_per_second" in result:
+            cells += [
+                formatted(result["samples_per_second"], ".1f"),
+                formatted(result["alone_samples_per_second"], ".0f"),
+                formatted(result["tokens_per_second"], ".0f"),
+                formatted(result["mfu"], ".1%"),
+                formatted(result["tflops_per_second_per_gpu"], ".1f"),
+                formatted(result["peak_memory_gib"], ".1f"),
+                formatted(result["step_seconds"], ".2f"),
+                formatted(result["data_wait_share"], ".2%"),
+                formatted(1000 * result["longest_wait_seconds"], ".0f") + " ms",
+                formatted(result["first_wait_seconds"], ".1f") + " s",
+            ]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join([*lines, "", f"`{first['command']}`"])
+
+
+def formatted(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
+
+
+if __name__ == "__main__":
+    main()
