@@ -29,7 +29,15 @@ def refuse(folder: str) -> None:
 
 
 def die(folder: str) -> None:
-    os.kill(os.getpid(), 9)
+    """Rank 1 is killed; rank 0 fails of it, as in a collective."""
+    killed = Path(folder, "killed")
+    if os.environ.get("RANK", "1") == "1":
+        killed.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    while not killed.exists():
+        time.sleep(0.1)
+    time.sleep(0.2)
+    raise RuntimeError("connection reset by peer")
 
 
 def sleep(folder: str) -> None:

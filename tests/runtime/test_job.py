@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -107,8 +108,38 @@ def test_torchrun_user_error(started):
 
 @slow
 def test_torchrun_worker_killed(started):
-    code, output = started("die", "torchrun").end()
-    assert code == 1 and "died without a word" in output and "nemo.log" in output
+    one = started("die", "torchrun")
+    code, output = one.end()
+    assert code == 1 and "rank 1 was ended by SIGKILL" in output and "nemo.log" in output
+    assert "Traceback" not in output, "of rank 0, which failed of it"
+    assert "no checkpoint yet" in output
+    assert json.loads((one.run_dir / "failure.json").read_text())["rank"] == 1
+
+
+@pytest.mark.parametrize(
+    ("failures", "killed"),
+    [
+        ({0: (1, "02"), 1: (-9, "02"), 2: (-15, "02")}, (1, "SIGKILL")),  # rank 0 fails of it in the same second
+        ({0: (143, "03"), 1: (-11, "02")}, (1, "SIGSEGV")),
+        ({0: (-9, "32"), 1: (1, "02"), 2: (-15, "02")}, None),  # by torchrun, which waited for it
+        ({}, None),
+    ],
+)
+def test_a_killed_rank_is_told_from_those_that_fail_of_it(tmp_path, failures, killed):
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+
+    from vlmsft.runtime.job import killed_rank
+
+    text = ""
+    if failures:
+        made = {rank: ProcessFailure(rank, 1000 + rank, code, "none") for rank, (code, _) in failures.items()}
+        for rank, (_, second) in failures.items():
+            made[rank].timestamp = int(second)
+        text = str(ChildFailedError("worker", made))
+    log = tmp_path / "train" / "0" / "stderr.log"
+    log.parent.mkdir(parents=True)
+    log.write_text(f"NCCL said\n{text}\n")
+    assert killed_rank(str(tmp_path)) == killed
 
 
 @slow

@@ -333,7 +333,12 @@ def _follow_here(job: Job, experiment: run.Experiment) -> int:
             _kill(psutil.Process().children(recursive=True))
             _say(f"{_name(received[0])}: {how_to_go_on(job)}")
             return 128 + received[0]
-    return 0 if state == AppState.SUCCEEDED else explain_failure(job.run_dir, experiment._exp_dir)
+    if state == AppState.SUCCEEDED:
+        return 0
+    killed = killed_rank(experiment._exp_dir)
+    if killed is None:
+        return explain_failure(job.run_dir, experiment._exp_dir)
+    return explain_kill(job, experiment._exp_dir, *killed)
 
 
 def _follow_there(job: Job, experiment: run.Experiment) -> int:
@@ -408,10 +413,51 @@ def _kill(processes: Sequence[psutil.Process]) -> None:
     psutil.wait_procs(processes, timeout=10)
 
 
+_RANK_IN_REPORT = re.compile(
+    r"^  time      : (?P<time>\S+)\n.*\n  rank      : (?P<rank>\d+) .*\n  exitcode  : (?P<code>-?\d+) ", re.MULTILINE
+)
+"""A failed worker in what torchrun prints at its end (torch.distributed.elastic.multiprocessing.errors)."""
+
+
+def killed_rank(experiment_dir: str) -> tuple[int, str] | None:
+    """The worker whose end by a signal made a local torchrun end the others, and the signal's name; None where a worker
+    failed by itself. Only torchrun has seen it: what the others left is about the connection that they lost."""
+    reports = [path.read_text(encoding="utf-8", errors="replace") for path in Path(experiment_dir).rglob("stderr.log")]
+    failures = [
+        (found["time"], int(found["code"]), int(found["rank"]))
+        for report in reports
+        for found in _RANK_IN_REPORT.finditer(report)
+    ]
+    if not failures:
+        return None
+    # times are of whole seconds: in the same one, torchrun's SIGTERM came last, and errors of others before it
+    _, code, rank = min(failures, key=lambda failure: (failure[0], failure[1] == -signal.SIGTERM, failure[1] > 0))
+    return (rank, signal.Signals(-code).name) if code < 0 else None
+
+
+def explain_kill(job: Job, experiment_dir: str, rank: int, signal_name: str) -> int:
+    """Says on the console and in the run folder that a signal ended a worker; gives the job's exit code."""
+    message = f"rank {rank} was ended by {signal_name}"
+    if signal_name == "SIGKILL":
+        message += " (the machine's memory was full, or somebody killed it)"
+    message += ", and the other ranks with it."
+    failure = Path(job.run_dir, FAILURE_FILE)
+    failure.write_text(  # over that of a rank that lost its connection
+        json.dumps({"exit_code": FAILED_EXIT_CODE, "rank": rank, "message": message}), encoding="utf-8"
+    )
+    _say(f"{message} {_logs(job.run_dir, experiment_dir)}")
+    _say(how_to_go_on(job))
+    return FAILED_EXIT_CODE
+
+
+def _logs(run_dir: str, experiment_dir: str) -> str:
+    logs = f"Logs: {log_path(run_dir, 0)} (nemo-rank1.log, ... of other ranks); "
+    return logs + f"what came before them: below {experiment_dir}"
+
+
 def explain_failure(run_dir: str, experiment_dir: str) -> int:
     """Says on the console why a job failed, and gives its exit code, by what its first failed worker left."""
-    logs = f"Logs: {log_path(run_dir, 0)} (nemo-rank1.log, ... of other ranks); "
-    logs += f"what came before them: below {experiment_dir}"
+    logs = _logs(run_dir, experiment_dir)
     try:
         failure = json.loads(Path(run_dir, FAILURE_FILE).read_text(encoding="utf-8"))
     except FileNotFoundError:
