@@ -77,6 +77,16 @@ def test_tutorial_values():
     assert cfg.log.ckpt.train_time_interval is None
 
 
+def test_a_strategy_says_on_how_many_gpus_an_experiment_runs():
+    def layout(*overrides):
+        cfg = compose("experiment=lora", *overrides, *DATA)
+        return cfg.trainer.devices, cfg.strategy.tensor_model_parallel_size, cfg.data.micro_batch_size
+
+    assert layout() == (8, 1, 2)
+    assert layout("strategy=lora_1x80gb") == (1, 1, 2)
+    assert layout("peft=none", "strategy=full_8x80gb") == (8, 2, 1)
+
+
 def test_the_demos_data_are_those_of_the_chosen_backend():
     assert compose("experiment=demo").data.train_path.endswith("sample/train.jsonl")
     energon = compose("experiment=demo", "data=energon")
