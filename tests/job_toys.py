@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -29,9 +30,11 @@ def refuse(folder: str) -> None:
 
 
 def die(folder: str) -> None:
-    """Rank 1 is killed; rank 0 fails of it, as in a collective."""
+    """Rank 1 is killed and leaves a process behind; rank 0 fails of it, as in a collective."""
     killed = Path(folder, "killed")
     if os.environ.get("RANK", "1") == "1":
+        left = subprocess.Popen(["sleep", "300"], start_new_session=True)
+        Path(folder, f"{left.pid}.pid").touch()
         killed.touch()
         os.kill(os.getpid(), signal.SIGKILL)
     while not killed.exists():

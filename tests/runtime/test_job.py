@@ -114,6 +114,8 @@ def test_torchrun_worker_killed(started):
     assert "Traceback" not in output, "of rank 0, which failed of it"
     assert "no checkpoint yet" in output
     assert json.loads((one.run_dir / "failure.json").read_text())["rank"] == 1
+    (left,) = one.run_dir.glob("*.pid")
+    assert not psutil.pid_exists(int(left.stem))
 
 
 @pytest.mark.parametrize(

@@ -52,6 +52,9 @@ STOP_SECONDS = 120.0
 UNFINISHED_SUFFIX = "-unfinished"
 """NeMo's ModelCheckpoint.UNFINISHED_CHECKPOINT_SUFFIX."""
 POLL_SECONDS = 1.0
+LOCAL_RUN = "VLMSFT_LOCAL_RUN"
+"""The run folder, in the environment of each process of a local job: Megatron's checkpoints have a process of their own
+beside each rank, which for ever outlives a rank that is killed, and has no parent then."""
 DGXCLOUD_SECRET = "DGXCLOUD_CLIENT_SECRET"
 """The environment variable."""
 TASK = "train"
@@ -321,7 +324,7 @@ def _submit(job: Job, experiment: run.Experiment) -> None:
 
 
 def _follow_here(job: Job, experiment: run.Experiment) -> int:
-    with _interrupts() as received:
+    with _interrupts() as received, _none_left(job.run_dir):
         try:
             with as_user_errors():
                 experiment.run()
@@ -339,6 +342,23 @@ def _follow_here(job: Job, experiment: run.Experiment) -> int:
     if killed is None:
         return explain_failure(job.run_dir, experiment._exp_dir)
     return explain_kill(job, experiment._exp_dir, *killed)
+
+
+@contextlib.contextmanager
+def _none_left(run_dir: str) -> Iterator[None]:
+    """Kills what processes that are started inside leave behind."""
+    os.environ[LOCAL_RUN] = run_dir
+    try:
+        yield
+    finally:
+        del os.environ[LOCAL_RUN]
+        _kill([process for process in psutil.process_iter() if _belongs_to(process, run_dir)])
+
+
+def _belongs_to(process: psutil.Process, run_dir: str) -> bool:
+    with contextlib.suppress(psutil.Error):
+        return process.pid != os.getpid() and process.environ().get(LOCAL_RUN) == run_dir
+    return False
 
 
 def _follow_there(job: Job, experiment: run.Experiment) -> int:
