@@ -29,7 +29,6 @@ import argparse
 import csv
 import functools
 import json
-import multiprocessing
 import os
 import random
 import re
@@ -40,7 +39,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -156,7 +155,11 @@ def main() -> None:
     parser.add_argument("--case-timeout", type=float, default=300, help="seconds after which a case is ended")
     parser.add_argument("--logs", type=Path, help="folder that keeps each case's output")
     parser.add_argument("--table", type=Path, help="print the table of an earlier run's lines instead")
+    parser.add_argument("--alone", nargs=2, metavar=("CASE", "FOLDER"), help="measure a loader only, as each case does")
     arguments = parser.parse_args()
+    if arguments.alone is not None:
+        print(f"alone: {samples_per_second(Case(**json.loads(arguments.alone[0])), arguments.alone[1]):.1f} samples/s")
+        return
     if arguments.table is not None:
         print(table([json.loads(line) for line in arguments.table.read_text(encoding="utf-8").splitlines()]))
         return
@@ -441,18 +444,21 @@ def median(cells: Iterable[str]) -> float | None:
 
 def loader_alone(case: Case, files: Files) -> float | None:
     """Samples per second, in a process of its own: pinning takes memory of the GPU."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        try:
-            return round(pool.submit(samples_per_second, case, str(files.folder)).result(timeout=120), 1)
-        except Exception as error:  # the training says more
-            print(f"the loader alone failed: {error!r}", flush=True)
-            return None
+    command = [sys.executable, __file__, "--alone", json.dumps(asdict(case)), str(files.folder)]
+    output, code = output_of(command, files.folder, timeout=90)
+    found = re.search(r"^alone: ([\d.]+)", output, re.MULTILINE)  # Energon's workers print tracebacks when they end
+    if code != 0 or found is None:  # the training says more
+        print(f"the loader alone: exit code {code}: {output[-500:]}", flush=True)
+        return None
+    return float(found[1])
 
 
 def samples_per_second(case: Case, folder: str, num_batches: int = 60) -> float:
     import torch
 
-    multiprocessing.set_start_method("fork", force=True)  # as in a training; here it would be as this process' own
+    from vlmsft.data.encode import SampleEncoder
+
+    _ = SampleEncoder(str(Files(Path(folder), {}).processor), 1024).processor  # before the workers start, as a training
     batches = iter(batches_of(case, Files(Path(folder), {}), torch.cuda.is_available()))
     for _ in range(2 * case.num_workers + 1):  # these are made while the workers start
         next(batches)
@@ -519,8 +525,8 @@ def table(results: list[dict[str, Any]]) -> str:
     lines = [
         f"{first['date']}, {first['device']}, {first['cores']} cores, {first['versions']}",
         "",
-        f"{first['photographs']} photographs of {first['mean_kilobytes']} KB and {first['mean_tiles']} tiles on average,"
-        f" {first['mean_tokens']} text tokens ({first['tokens_from_to'][0]} to {first['tokens_from_to'][1]}), "
+        f"{first['photographs']} photographs of {first['mean_kilobytes']} KB and {first['mean_tiles']} tiles on "
+        f"average, {first['mean_tokens']} text tokens ({first['tokens_from_to'][0]} to {first['tokens_from_to'][1]}), "
         f"global batch {first['global_batch_size']}, medians after {WARM_UP} of {first['steps']} steps:",
         "",
         "| data | micro batch | workers | samples/s | loader alone | tokens/s | MFU | TFLOP/s | peak GiB | step s "
