@@ -17,11 +17,11 @@ The peak is torch.cuda.max_memory_allocated() of a shape; build that of all befo
 FLOPs (vlmsft.mllama.flops, LoRA on text) at 798 TFLOP/s, what a large bf16 matrix product reaches on an H100.
 
     --cases main|more|all   the table; more shapes, LoRA on the tower, full fine-tuning of text layers; both
-    --only NAME[,NAME]      some of the cases: nemo, hf, vlmsft, ...
+    --only NAME[,NAME]      these cases in this order: nemo, hf, vlmsft, hf-long, vlmsft-shapes, vlmsft-tower, vlmsft-full
     --compare               instead: losses and LoRA gradients of vlmsft and of NeMo's stock model in bf16, beside fp32
     --table lines.jsonl     prints the Markdown of an earlier run
 
-Each result is a JSON line as soon as it is there. Without a GPU: tiny models (no nemo, which needs one; its recipe is
+Each result is a JSON line as soon as it is there, behind those of earlier runs into the same file. Without a GPU: tiny models (no nemo, which needs one; its recipe is
 made and its samples go through NeMo's stock model), which shows that the script works and measures nothing.
 """
 
@@ -77,7 +77,8 @@ def chosen(arguments: argparse.Namespace) -> list[Case]:
     unknown = set(only) - {case.name for case in SETS["all"]}
     if unknown:
         raise SystemExit(f"--only {','.join(unknown)}: the cases are {', '.join(case.name for case in SETS['all'])}")
-    return [case for case in SETS["all"] if case.name in only] if only else list(SETS[arguments.cases])
+    named = {case.name: case for case in SETS["all"]}
+    return [named[name] for name in only] if only else list(SETS[arguments.cases])
 
 
 # --- the parent -------------------------------------------------------------------------------------------------------
@@ -186,7 +187,8 @@ def table(results: Sequence[dict[str, Any]]) -> str:
     if not results:
         return "no results"
     parts = [f"{results[-1]['date']}, {results[-1]['device']}, {results[-1]['versions']}"]
-    speeds = [result for result in results if result["case"] != COMPARE and "micro_batch_size" in result]
+    order = [case.name for case in SETS["all"]]
+    speeds = sorted((r for r in results if r["case"] != COMPARE), key=lambda result: order.index(result["case"]))
     others = [result for result in results if result["case"] == COMPARE]
     if speeds:
         parts.append(speed_table(speeds))
