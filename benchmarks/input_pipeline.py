@@ -128,7 +128,8 @@ ON_GPU = Scale(
         "model.config.gate_init=0.5",
         "strategy=megatron",
         "precision=bf16-mixed",
-        "data.decoder_seq_length=1024",
+        "data.decoder_seq_length=768",
+        "gpu_memory_gib=null",  # the estimate is of the longest texts and 4 tiles, which few samples have
         "optim.max_lr=1e-4",
     ),
 )
