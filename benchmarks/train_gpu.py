@@ -17,12 +17,13 @@ The peak is torch.cuda.max_memory_allocated() of a shape; build that of all befo
 FLOPs (vlmsft.mllama.flops, LoRA on text) at 798 TFLOP/s, what a large bf16 matrix product reaches on an H100.
 
     --cases main|more|all   the table; more shapes, LoRA on the tower, full fine-tuning of text layers; both
-    --only NAME[,NAME]      these cases in this order: nemo, hf, vlmsft, hf-long, vlmsft-shapes, vlmsft-tower, vlmsft-full
+    --only NAME[,NAME]      these in this order: nemo, hf, vlmsft, hf-long, vlmsft-shapes, vlmsft-tower, vlmsft-full
     --compare               instead: losses and LoRA gradients of vlmsft and of NeMo's stock model in bf16, beside fp32
     --table lines.jsonl     prints the Markdown of an earlier run
 
-Each result is a JSON line as soon as it is there, behind those of earlier runs into the same file. Without a GPU: tiny models (no nemo, which needs one; its recipe is
-made and its samples go through NeMo's stock model), which shows that the script works and measures nothing.
+Each result is a JSON line as soon as it is there, behind those of earlier runs into the same file. Without a GPU: tiny
+models (no nemo, which needs one; its recipe is made and its samples go through NeMo's stock model), which shows that
+the script works and measures nothing.
 """
 
 from __future__ import annotations
