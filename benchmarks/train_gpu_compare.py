@@ -21,6 +21,7 @@ from train_gpu_cases import MAIN, TEXT, TOWER, Case, Phase, Samples, compose, fr
 NUM_TILES = (2, 1, 4, 3)  # of the samples' images
 TEXT_TOKENS = 128
 EXACT, OTHER = "fp32", "fp32, other images"
+PLAIN = {"layers": "torch", "lean_forward": False}  # Megatron's classes on torch's matrices, which don't round to TF32
 WITHOUT_DROPOUT = "peft.dropout=0.0"
 Write = Callable[[dict[str, Any]], None]
 
@@ -44,10 +45,11 @@ def compare(write: Write, on_gpu: bool) -> None:
     side, low = sizes[TOWER].vision_chunk_size, torch.bfloat16 if on_gpu else torch.float32
     samples = Samples.random(NUM_TILES, TEXT_TOKENS, sizes[TEXT].vocab_size, side, seed=0)
     others = samples.with_other_images(seed=1)
+    exactly = {**precision(torch.float32), **PLAIN}
     models = (
         (lambda: build_stock(cfg, low, on_gpu), stock_inputs, {"NeMo's stock model, bf16": samples}),
-        (lambda: build_ours(cfg, low, sizes.layers, on_gpu), ours_inputs, {"vlmsft, bf16": samples}),
-        (lambda: build_ours(cfg, torch.float32, "torch", on_gpu), ours_inputs, {EXACT: samples, OTHER: others}),
+        (lambda: build_ours(cfg, on_gpu, **precision(low)), ours_inputs, {"vlmsft, bf16": samples}),
+        (lambda: build_ours(cfg, on_gpu, **exactly), ours_inputs, {EXACT: samples, OTHER: others}),
     )
     found: dict[str, Outcome] = {}
     for build, inputs_of, cases in models:
@@ -99,13 +101,13 @@ def precision(dtype: torch.dtype) -> dict[str, Any]:
     return {"params_dtype": dtype, "bf16": dtype is torch.bfloat16, "autocast_dtype": dtype}
 
 
-def build_ours(cfg: DictConfig, dtype: torch.dtype, layers: str, on_gpu: bool) -> Any:
+def build_ours(cfg: DictConfig, on_gpu: bool, **settings: Any) -> Any:
     import fiddle as fdl
 
     from vlmsft.recipe import translate
 
     config: Any = fdl.build(translate(cfg.model.config))
-    for name, value in {**precision(dtype), "use_cpu_initialization": not on_gpu, "layers": layers}.items():
+    for name, value in {**settings, "use_cpu_initialization": not on_gpu}.items():
         setattr(config, name, value)
     return config.configure_model()
 
@@ -136,8 +138,9 @@ def build_stock_on_cpu(cfg: DictConfig) -> Any:
     import mllama_stock
     import pytest
 
-    from vlmsft.mllama.layers import find_norm_linears, tell_wrapped_norms
+    from vlmsft.mllama.layers import find_norm_linears, layer_kit, tell_wrapped_norms
 
+    layer_kit("torch")  # lets NeMo's LoRA work without TransformerEngine
     torch._dynamo.config.disable = True
     model = mllama_stock.build_stock(mllama_cases.TEXT, mllama_cases.VISION, pytest.MonkeyPatch())
     norms = find_norm_linears(model)  # LoRA takes their output; TransformerEngine's linears hand it out by themselves
