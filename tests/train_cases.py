@@ -74,8 +74,9 @@ def run_jobs(folder: Path, jobs: list[Job], num_processes: int = 1) -> None:
 
 
 def _environment(rank: int, num_processes: int) -> dict[str, str]:
+    paths = [str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")]
     ours = {
-        "PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent)]),
+        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
         "MASTER_ADDR": "127.0.0.1",
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
