@@ -279,12 +279,12 @@ def write_records(files: Files, count: int) -> None:
     from vlmsft.data.encode import SampleEncoder
 
     tokenizer = SampleEncoder(str(files.processor), TOKENS[1]).processor.tokenizer
-    questions, answers = sentences()
+    questions, answers = ({text: len(tokenizer.tokenize(text)) for text in texts} for texts in sentences())
     with open(files.records, "w", encoding="utf-8") as file:
         for number in range(count):
             chooser = random.Random(number)
             length = round(np.exp(chooser.uniform(*np.log(TOKENS))))
-            turns = conversation(chooser, questions, answers, length, lambda text: len(tokenizer.tokenize(text)))
+            turns = conversation(chooser, questions, answers, length)
             record = {"id": str(number), "image": f"{number:06d}.jpg", "conversations": turns}
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
@@ -298,19 +298,19 @@ def sentences() -> tuple[list[str], list[str]]:
 
 
 def conversation(
-    chooser: random.Random, questions: list[str], answers: list[str], length: int, count: Any
+    chooser: random.Random, questions: dict[str, int], answers: dict[str, int], length: int
 ) -> list[dict[str, str]]:
-    """Turns of at least `length` tokens in all; long answers are of several sentences."""
+    """Turns of about `length` tokens in all, from texts and their tokens; long answers are of several sentences."""
     num_turns, turns, so_far = chooser.randint(1, 4), [], 0
     for number in range(num_turns):
-        question = chooser.choice(questions)
-        so_far += count(question)
-        answer = ""
-        while not answer or so_far + count(answer) < length * (number + 1) / num_turns:
-            answer += chooser.choice(answers)
-        so_far += count(answer)
+        question = chooser.choice(list(questions))
+        chosen = [chooser.choice(list(answers))]
+        so_far += questions[question] + answers[chosen[0]]
+        while so_far < length * (number + 1) / num_turns:
+            chosen.append(chooser.choice(list(answers)))
+            so_far += answers[chosen[-1]]
         turns.append({"from": "human", "value": f"<image>\n{question}" if number == 0 else question})
-        turns.append({"from": "gpt", "value": answer})
+        turns.append({"from": "gpt", "value": "".join(chosen)})
         if so_far >= length:
             break
     return turns
@@ -329,18 +329,22 @@ def write_shards(files: Files) -> None:
 
 
 def about(files: Files, count: int) -> dict[str, Any]:
-    """Means over the samples, and the share of photographs by tiles."""
-    from vlmsft.data.dataset import ConversationDataset
+    """Means over the samples."""
+    from vlmsft.data.encode import SampleEncoder
+    from vlmsft.data.records import RecordFile, parse
 
-    dataset = ConversationDataset(str(files.records), str(files.images), str(files.processor), 4096)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        samples = list(pool.map(lambda n: (len((s := dataset.sample(n)).tokens), int(s.num_tiles[0])), range(count)))
-    tokens, tiles = ([sample[part] for sample in samples] for part in (0, 1))
-    sizes = [path.stat().st_size for path in files.images.iterdir()]
+    encoder = SampleEncoder(str(files.processor), 4096)
+    records = RecordFile(files.records)
+    tokens = [len(encoder.encode_text(parse(records[number]).turns).tokens) for number in range(count)]
+    tiles, sizes = [], []
+    for path in files.images.iterdir():
+        sizes.append(path.stat().st_size)
+        with Image.open(path) as photograph:
+            tiles.append(np.prod(encoder.canvas(*photograph.size)))
     return {
         "photographs": count,
         "mean_kilobytes": round(statistics.mean(sizes) / 1000),
-        "mean_tiles": round(statistics.mean(tiles), 2),
+        "mean_tiles": round(float(np.mean(tiles)), 2),
         "mean_tokens": round(statistics.mean(tokens)),
         "tokens_from_to": [min(tokens), max(tokens)],
     }
