@@ -15,6 +15,8 @@ from train_cases import (
     KILLED_AFTER,
     RUNS,
     Job,
+    cut,
+    kill_a_rank,
     largest_difference,
     metrics,
     run_jobs,
@@ -31,6 +33,7 @@ SHORT = [f"trainer.max_steps={STEPS}", f"trainer.val_check_interval={VALIDATE_EV
 LORA = ["peft=lora", "peft.dropout=0.2", "optim.max_lr=2e-2"]
 TWO_RANKS = "trainer.devices=2"
 OFTEN_SAVED = "log.ckpt.every_n_train_steps=3"  # between the validations, too
+EXCHANGED_AFTER = 6
 BLEND = [
     f"data.train_path={{chat:{{path:{sample_set()}/train.jsonl,weight:3}},ocr:{{path:{sample_set()}/validation.jsonl,weight:1}}}}",
     f"data.validation_path={{seen:{sample_set()}/validation.jsonl,all:{sample_set()}/train.jsonl}}",
@@ -47,7 +50,9 @@ def watch(callback: str, path: Path) -> str:
 
 
 class Runs:
-    """All trainings of this file, in three workers one after the other: importing NeMo costs more than a training."""
+    """All trainings of this file, in three workers one after the other: importing NeMo costs more than a training. And
+    one that the command starts: "exchanged" goes on from one process' checkpoint in two by two, loses a rank, and goes
+    on in one."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -55,6 +60,9 @@ class Runs:
         self.energon = ["data=energon", f"data.path={folder / 'shards'}", "data.max_samples_per_sequence=5"]
         run_jobs(folder, self.one_process())
         run_jobs(folder, self.two_processes(), num_processes=2)
+        cut(self.of("reference"), self.of("exchanged"), CHECKPOINT_AFTER)
+        job = self.job("exchanged", *TP2, "trainer.devices=4", *batches(4, 2), OFTEN_SAVED)
+        self.killed = kill_a_rank(folder, job.name, job.overrides, rank=3, after_step=EXCHANGED_AFTER + 1)
         run_jobs(folder, self.resumed())
 
     def of(self, name: str) -> Path:
@@ -109,6 +117,7 @@ class Runs:
             self.job("resumed-mb1", *batches(4, 1), cut_from="reference"),
             self.job("lora-resumed", *LORA, cut_from="lora"),
             self.job("tp2-tp1", cut_from="tp2"),
+            self.job("exchanged"),
             self.job("energon-resumed", *self.energon, cut_from="energon"),
             self.job("blend-resumed", *BLEND, *batches(4, 2), cut_from="blend-dp2"),
         ]
@@ -176,6 +185,27 @@ def test_resumed_run_equals_the_one_that_never_stopped(runs, name, uninterrupted
 def test_a_run_resumes_with_another_micro_batch_and_another_tensor_parallel_size(runs, reference, name):
     """With the optimizer: fresh moments would part from the reference at the second step."""
     assert_same(metrics(runs.of(name)), reference, 1e-4)
+
+
+def test_two_by_two_ranks_go_on_from_the_checkpoint_of_one_process(runs, reference):
+    found = runs.killed.rows
+    assert found["step"] == [float(step) for step in range(1, EXCHANGED_AFTER + 2)]
+    for name in ("reduced_train_loss", "grad_norm", "lr"):
+        assert largest_difference(found[name], reference[name][: EXCHANGED_AFTER + 1]) < 1e-4, name
+
+
+def test_a_killed_rank_is_named_and_takes_the_others_along(runs):
+    killed = runs.killed
+    assert killed.exit_code == 1 and "Traceback" not in killed.output
+    assert "rank 3 was ended by SIGKILL" in killed.output
+    assert f"To go on from step {EXCHANGED_AFTER}: the same command with id=exchanged" in killed.output
+    assert killed.seconds < 45 and killed.left == []
+
+
+def test_one_process_goes_on_from_the_checkpoint_of_two_by_two_ranks(runs, reference):
+    assert_same(metrics(runs.of("exchanged")), reference, 1e-4)
+    dropped = (runs.of("exchanged") / "metrics-dropped.csv").read_text().splitlines()
+    assert dropped[-1].startswith(f"{EXCHANGED_AFTER + 1},")
 
 
 @pytest.mark.parametrize("name", ["blend-dp2", "blend-resumed"])

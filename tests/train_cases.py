@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -15,6 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import lightning.pytorch as pl
+import psutil
 import torch
 
 from vlmsft.config_files import sample_set
@@ -71,6 +74,56 @@ def run_jobs(folder: Path, jobs: list[Job], num_processes: int = 1) -> None:
             worker.kill()
     for worker, output in zip(workers, outputs, strict=True):
         assert worker.returncode == 0, output[-6000:]
+
+
+@dataclass
+class Killed:
+    """How a training ended of which a rank was killed.
+
+    seconds: from then to the end of the command
+    left: processes that it started and that were still there then
+    rows: of metrics.csv, by column
+    """
+
+    exit_code: int
+    output: str
+    seconds: float
+    left: list[int]
+    rows: dict[str, list[float]]
+
+
+def kill_a_rank(folder: Path, name: str, overrides: list[str], *, rank: int, after_step: int) -> Killed:
+    """`vlmsft train`, as one types it, in runs/demo/`name`; one of the ranks that it starts gets SIGKILL."""
+    killed, mark = folder / "killed", f"VLMSFT_TEST_{time.monotonic_ns()}"
+    killer = (
+        f"+trainer.callbacks.watch={{_target_:train_cases.KillRank,rank:{rank},after_step:{after_step},path:{killed}}}"
+    )
+    environment = {key: value for key, value in _environment(0, 1).items() if key not in RANK_VARIABLES}
+    done = subprocess.run(
+        [sys.executable, "-m", "vlmsft.train", *overrides, f"id={name}", killer],
+        cwd=folder,
+        env={**environment, mark: ""},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=600,
+    )
+    assert killed.exists(), done.stdout[-6000:]
+    seconds = time.time() - killed.stat().st_mtime
+    return Killed(done.returncode, done.stdout, seconds, _processes_with(mark), metrics(folder / RUNS / name))
+
+
+def _processes_with(variable: str) -> list[int]:
+    """Processes that have it in their environment."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if variable in process.environ():
+                found.append(process.pid)
+    return found
+
+
+RANK_VARIABLES = ("MASTER_ADDR", "RANK", "LOCAL_RANK", "WORLD_SIZE")
 
 
 def _environment(rank: int, num_processes: int) -> dict[str, str]:
@@ -148,7 +201,7 @@ def work(jobs_file: str) -> None:
 
 def cut(source: Path, target: Path, num_saved: int) -> None:
     """A run folder as the source's was when KILLED_AFTER steps were done, and `num_saved` steps saved."""
-    if os.environ["RANK"] != "0":
+    if os.environ.get("RANK", "0") != "0":
         while not target.exists():
             time.sleep(0.1)
         return
@@ -189,6 +242,18 @@ def forget_megatron() -> None:
     destroy_num_microbatches_calculator()
     torch.distributed.destroy_process_group()
     AppState.__init__(AppState())
+
+
+class KillRank(pl.Callback):
+    """SIGKILL to a rank as it begins the step after `after_step`; `path` is touched before."""
+
+    def __init__(self, rank: int, after_step: int, path: str):
+        self.rank, self.after_step, self.path = rank, after_step, path
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
+        if trainer.global_rank == self.rank and trainer.global_step == self.after_step:
+            Path(self.path).touch()
+            os.kill(os.getpid(), signal.SIGKILL)
 
 
 class ChangedParameters(pl.Callback):
