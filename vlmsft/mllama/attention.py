@@ -14,8 +14,9 @@ What is called when is decided on the host, from the batch's CPU tensors, and tr
 
 from __future__ import annotations
 
+import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -64,6 +65,23 @@ class CrossPlan:
 
     samples: tuple[tuple[Run, ...], ...]
 
+    @functools.cached_property
+    def columns(self) -> tuple[tuple[Run, ...], ...] | None:
+        """All samples' runs cut at the same rows: for each such range of rows one run of each sample.
+
+        None where that would make more attention calls than there are runs. Most micro batches have two columns: a
+        chat's image stands at its beginning. Rows behind a sample's last image are padding, which no one reads: they
+        count as seeing it, so that samples of different length share their columns.
+        """
+        samples = [_without_end(runs) for runs in self.samples]
+        edges = sorted({row for runs in samples for run in runs for row in (run.first_row, run.end_row)})
+        if len(edges) - 1 > sum(len(runs) for runs in samples):
+            return None
+        return tuple(
+            tuple(next(Run(first, end, run.keys) for run in runs if run.end_row >= end) for runs in samples)
+            for first, end in itertools.pairwise(edges)
+        )
+
     @property
     def sees_images(self) -> bool:
         """Whether any row sees any image; if not, cross-attention layers are the identity."""
@@ -80,6 +98,14 @@ class CrossPlan:
                 if run.keys:
                     mask[run.first_row : run.end_row, sample] = 1
         return mask
+
+
+def _without_end(runs: tuple[Run, ...]) -> tuple[Run, ...]:
+    """Lets the last run that sees an image go on to the end."""
+    if len(runs) == 1 or runs[-1].keys:
+        return runs
+    *earlier, last, end = runs
+    return (*earlier, Run(last.first_row, end.end_row, last.keys))
 
 
 def plan_cross_attention(
@@ -248,19 +274,68 @@ class CrossAttention(_CoreAttention):
         packed_seq_params=None,
     ) -> Tensor:
         """query (S, B, heads, D), key and value (N, 1, groups, D), attention_bias a CrossPlan -> (S, B, heads * D)."""
-        return _joined(
-            [
-                _joined([self._run(query[:, b : b + 1], key, value, run) for run in runs], 0)
-                for b, runs in enumerate(attention_bias.samples)
-            ],
-            1,
-        )
+        return attend_runs(query, key, value, attention_bias, self._attend)
 
-    def _run(self, query: Tensor, key: Tensor, value: Tensor, run: Run) -> Tensor:
-        query = query[run.first_row : run.end_row]
-        if not run.keys:
-            return query.new_zeros(query.shape[0], 1, query.shape[2] * query.shape[3])
-        return self._attend(query, _take(key, run.keys), _take(value, run.keys))
+
+def attend_runs(
+    query: Tensor, key: Tensor, value: Tensor, plan: CrossPlan, attend_all: Callable[..., Tensor] = attend
+) -> Tensor:
+    """Cross-attention run by run; runs of the same rows with equally many keys in one call.
+
+    query (S, B, heads, D), key and value (N, 1, groups, D) -> (S, B, heads * D)
+    attend_all: attend, or one with dropout
+    """
+    if plan.columns is None:
+        samples = [
+            _joined([_one_run(query[:, b : b + 1], key, value, run, attend_all) for run in runs], 0)
+            for b, runs in enumerate(plan.samples)
+        ]
+        return _joined(samples, 1)
+    return _joined([_column(query, key, value, column, attend_all) for column in plan.columns], 0)
+
+
+def _one_run(query: Tensor, key: Tensor, value: Tensor, run: Run, attend_all: Callable[..., Tensor]) -> Tensor:
+    query = query[run.first_row : run.end_row]
+    if not run.keys:
+        return query.new_zeros(query.shape[0], 1, query.shape[2] * query.shape[3])
+    return attend_all(query, _take(key, run.keys), _take(value, run.keys))
+
+
+def _column(
+    query: Tensor, key: Tensor, value: Tensor, column: tuple[Run, ...], attend_all: Callable[..., Tensor]
+) -> Tensor:
+    """The same rows of all samples: (rows, B, heads * D)."""
+    query = query[column[0].first_row : column[0].end_row]
+    by_sample: dict[int, Tensor] = {}
+    for num_keys, members in _alike(column).items():
+        columns = query[:, members[0] : members[-1] + 1]
+        if len(columns[0]) != len(members):
+            columns = torch.cat([query[:, b : b + 1] for b in members], dim=1)
+        if num_keys:
+            ranges = [column[b].keys for b in members]
+            out = attend_all(columns, _side_by_side(key, ranges), _side_by_side(value, ranges))
+        else:
+            out = columns.new_zeros(*columns.shape[:2], columns.shape[2] * columns.shape[3])
+        if len(members) == len(column):
+            return out
+        by_sample.update(zip(members, out.split(1, dim=1), strict=True))
+    return torch.cat([by_sample[b] for b in range(len(column))], dim=1)
+
+
+def _alike(column: tuple[Run, ...]) -> dict[int, list[int]]:
+    """Samples by their number of keys."""
+    samples: dict[int, list[int]] = {}
+    for b, run in enumerate(column):
+        samples.setdefault(sum(end - start for start, end in run.keys), []).append(b)
+    return samples
+
+
+def _side_by_side(tokens: Tensor, ranges: list[tuple[tuple[int, int], ...]]) -> Tensor:
+    """(N, 1, groups, D) -> (keys, samples, groups, D); a view where the samples' tokens follow one another."""
+    flat = [one for of_sample in ranges for one in of_sample]
+    if len(_join(flat)) == 1 and all(len(of_sample) == 1 for of_sample in ranges):
+        return tokens[flat[0][0] : flat[-1][1], 0].unflatten(0, (len(ranges), -1)).transpose(0, 1)
+    return torch.cat([_take(tokens, of_sample) for of_sample in ranges], dim=1)
 
 
 def _take(tokens: Tensor, ranges: tuple[tuple[int, int], ...]) -> Tensor:

@@ -115,6 +115,8 @@ class MLlamaConfig(MLlamaModelConfig):
     """The whole model.
 
     layers: transformer_engine, torch, or auto (TransformerEngine with a CUDA GPU, torch elsewhere)
+    lean_forward: layers as plain functions (vlmsft.mllama.lean) rather than through Megatron's classes; None: wherever
+        nothing needs these. True where something does: forward raises ValueError with the reason
     freeze_language_model, freeze_vision_model, freeze_vision_projection: no gradients for the text decoder
         (cross-attention included), the tower, the projector
     gate_init: what a fresh model's gates hold. Meta's 0 lets a finished text model learn to see without forgetting; a
@@ -125,6 +127,7 @@ class MLlamaConfig(MLlamaModelConfig):
     vision_model_config: VisionConfig | None = None
     layers: str = "auto"
     gate_init: float = 0.0
+    lean_forward: bool | None = None
     freeze_language_model: bool = False
     freeze_vision_model: bool = False
     freeze_vision_projection: bool = False

@@ -297,15 +297,15 @@ class TowerLayer(ImageTransformerLayer):
 
     def forward(self, hidden_states: Tensor, attention_bias: Any) -> Tensor:
         """(N, 1, H) -> the same shape; attention_bias: the TowerPlan."""
-        attended = self.self_attention(
+        output, bias = self.self_attention(
             self.input_layernorm(hidden_states), attention_mask=None, attention_bias=attention_bias
         )
-        hidden_states = self._add(hidden_states, attended, "gate_attn")
-        fed = self.mlp(self.pre_mlp_layernorm(hidden_states))
-        return self._add(hidden_states, fed, "gate_ffn")
+        hidden_states = self.add(hidden_states, output, bias, "gate_attn")
+        output, bias = self.mlp(self.pre_mlp_layernorm(hidden_states))
+        return self.add(hidden_states, output, bias, "gate_ffn")
 
-    def _add(self, residual: Tensor, output_and_bias: tuple[Tensor, Tensor | None], gate_name: str) -> Tensor:
-        output, bias = output_and_bias
+    def add(self, residual: Tensor, output: Tensor, bias: Tensor | None, gate_name: str) -> Tensor:
+        """residual + gate * (output + bias), with the bias, the gate and the dropout that there are."""
         gate = getattr(self, gate_name) if self.gated else None
         if self.training and self.hidden_dropout:
             output = F.dropout(output if bias is None else output + bias, self.hidden_dropout)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ from nemo.lightning.megatron_parallel import MaskedTokenLossReduction
 from torch import Tensor, nn
 
 from vlmsft.data.blend import SET_KEY, SET_NAMES_KEY
+from vlmsft.mllama import lean
 from vlmsft.mllama.attention import CrossPlan, plan_cross_attention
 from vlmsft.mllama.config import MLlamaConfig
 from vlmsft.mllama.layers import find_norm_linears, tell_wrapped_norms
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
     from vlmsft.mllama.text import TextModel
     from vlmsft.mllama.vision import VisionModel
 
+logger = logging.getLogger(__name__)
+
 GATES = ("gate_attn", "gate_ffn", "gate", "gated_positional_embedding_gate")
 """Last parts of the names of all gates: cross-attention, global layers, tile and position embeddings."""
 
@@ -27,6 +31,7 @@ GATES = ("gate_attn", "gate_ffn", "gate", "gated_positional_embedding_gate")
 class MLlamaBase(MLlamaBaseModel):
     """NeMo's MLlamaBaseModel (its names, its checkpoint layout) with a forward that takes real tiles only."""
 
+    config: MLlamaConfig
     language_model: TextModel
     vision_model: VisionModel
 
@@ -40,6 +45,8 @@ class MLlamaBase(MLlamaBaseModel):
         self._init_gates(config.gate_init)
         self._freeze(config)
         self._norm_linears = find_norm_linears(self)
+        self._checked: lean.Checked | None = None
+        self._megatron_because: str | None = None
 
     def _init_gates(self, value: float) -> None:
         for name, parameter in self.named_parameters():
@@ -80,7 +87,7 @@ class MLlamaBase(MLlamaBaseModel):
         Without images, or where no row sees one, the tower and the cross-attention layers are skipped (they would add
         exactly nothing) and their trainable parameters get a gradient of zero.
         """
-        tell_wrapped_norms(self._norm_linears)
+        self._choose_forward()
         if tiles is None or num_tiles is None or aspect_ratio_ids is None or len(tiles) == 0:
             return self._text_only(tokens, labels, answer_rows)
         counts = num_tiles.tolist()
@@ -90,6 +97,21 @@ class MLlamaBase(MLlamaBaseModel):
             return self._text_only(tokens, labels, answer_rows)
         image_tokens = self.vision_model(tiles, counts, aspect_ratio_ids)
         return self.language_model(tokens, labels, image_tokens, plan, answer_rows=answer_rows)
+
+    def _choose_forward(self) -> None:
+        """At each forward: LoRA comes after the model was built, and hooks come and go."""
+        self._checked = self._checked or lean.Checked(self)
+        wanted = self.config.lean_forward
+        reason = "lean_forward is false" if wanted is False else self._checked.why_not()
+        if reason and wanted:
+            raise ValueError(f"model.config.lean_forward is true, but {reason}")
+        if reason != self._megatron_because:
+            logger.info("layers run as %s", f"Megatron's classes: {reason}" if reason else "plain functions")
+        self._megatron_because = reason
+        for part in (self.language_model.decoder, self.vision_model.vision_encoder):
+            part.is_lean = reason is None
+        if reason:
+            tell_wrapped_norms(self._norm_linears)
 
     def _text_only(self, tokens: Tensor, labels: Tensor | None, answer_rows: Tensor | None) -> Tensor:
         idle = self._image_parameters()

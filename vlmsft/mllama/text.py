@@ -16,6 +16,7 @@ from nemo.collections.vlm.mllama.model.language import (
 )
 from torch import Tensor, nn
 
+from vlmsft.mllama import lean
 from vlmsft.mllama.attention import CrossPlan
 from vlmsft.mllama.layers import LayerKit, cross_layer_spec, text_layer_spec
 from vlmsft.mllama.recompute import recompute, recomputes
@@ -38,6 +39,7 @@ class TextBlock(CrossAttentionTransformerBlock):
             self, config=config, spec=submodules, pre_process=pre_process, post_process=post_process
         )
         self.fusion_schedule = list(config.fusion_schedule)
+        self.is_lean = False  # see lean.py; the model decides at each forward
         self.xattn_layers = nn.ModuleList(
             cast(nn.Module, build_module(cross_layer_spec(kit), config=config, layer_number=i + 1))
             if i in self.fusion_schedule
@@ -57,8 +59,14 @@ class TextBlock(CrossAttentionTransformerBlock):
         Returns (S, B, H), normalised.
         """
         row_mask = plan.row_mask(hidden_states) if plan is not None and image_tokens is not None else None
+        cos, sin = lean.rotation(rotary_pos_emb, hidden_states.shape[1])
 
-        def run(i: int, hidden_states: Tensor) -> Tensor:
+        def run_lean(i: int, hidden_states: Tensor) -> Tensor:
+            if image_tokens is not None and plan is not None and row_mask is not None and i in self.fusion_schedule:
+                hidden_states = lean.cross_layer(self.xattn_layers[i], hidden_states, image_tokens, plan, row_mask)
+            return lean.self_layer(self.layers[i], hidden_states, cos, sin)
+
+        def run_megatron(i: int, hidden_states: Tensor) -> Tensor:
             if image_tokens is not None and i in self.fusion_schedule:
                 cross_layer = cast(CrossAttentionTransformerLayer, self.xattn_layers[i])
                 hidden_states, _ = cross_layer(
@@ -73,6 +81,7 @@ class TextBlock(CrossAttentionTransformerBlock):
             )
             return hidden_states
 
+        run = run_lean if self.is_lean else run_megatron
         for i in range(len(self.layers)):
             hidden_states = recompute(run, i, hidden_states) if recomputes(self.config) else run(i, hidden_states)
         return self.final_layernorm(hidden_states)

@@ -9,6 +9,7 @@ pixels after normalisation: real tokens attend to them, and the weights were tra
 from __future__ import annotations
 
 import copy
+import functools
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,6 +22,7 @@ from megatron.core.transformer.transformer_block import TransformerBlock, Transf
 from nemo.collections.vlm.mllama.model.vision import PrecomputedTilePositionEmbedding
 from torch import Tensor, nn
 
+from vlmsft.mllama import lean
 from vlmsft.mllama.attention import TowerGroup, TowerPlan
 from vlmsft.mllama.layers import LayerKit, vision_layer_spec
 from vlmsft.mllama.recompute import recompute, recomputes
@@ -128,6 +130,7 @@ class VisionEncoder(MegatronModule):
             config.max_aspect_ratio_id + 1, config.max_num_tiles * num_tokens * width
         )
         self.gated_positional_embedding_gate = nn.Parameter(torch.zeros(1))
+        self.is_lean = False  # see lean.py; the model decides at each forward
 
     def forward(self, pixels: Tensor, num_tiles: list[int], aspect_ratio_ids: Tensor) -> Tensor:
         """Features of the real tiles' tokens.
@@ -156,7 +159,8 @@ class VisionEncoder(MegatronModule):
         return torch.cat([order.real(x), stacked], dim=-1)
 
     def _run(self, layer: nn.Module, x: Tensor, plan: TowerPlan) -> Tensor:
-        return recompute(layer, x, plan) if recomputes(self.config) else layer(x, plan)
+        run = functools.partial(lean.tower_layer, layer) if self.is_lean else layer
+        return recompute(run, x, plan) if recomputes(self.config) else run(x, plan)
 
     def _place(self, patches: Tensor, num_tiles: list[int], order: TokenOrder) -> Tensor:
         """(T, patches, hidden) -> (I, max tiles, patches, hidden) in the tower's image order.

@@ -1,0 +1,328 @@
+"""MLlama's layers as plain functions of their parameters: what one tensor-parallel rank computes without Megatron.
+
+Megatron's and TransformerEngine's layers spend some 0.1 ms of the host's time on each kernel that they start, several
+times what a GPU needs for it at small micro batches. Here a layer is what stands before its attention, the attention,
+and what stands behind it; the first and the last go through torch.compile on a GPU. The modules keep the parameters, so
+that checkpoints, LoRA, Megatron's DDP and its optimizer see no difference.
+
+Where something needs Megatron's own forward (tensor parallelism, dropout, hooks on a module), Checked.why_not says
+what.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from megatron.core import parallel_state
+from torch import Tensor, nn
+
+from vlmsft.mllama.attention import CrossPlan, TowerPlan, attend, attend_runs
+
+
+class Linear(NamedTuple):
+    """A linear layer, the norm in front of it (if its module holds one) and its adapter (if it has one).
+
+    scale, dropout, training: of the adapter, whose input is dropped out
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    norm: Tensor | None
+    down: Tensor | None
+    up: Tensor | None
+    scale: float
+    dropout: float
+    training: bool
+
+
+class Heads(NamedTuple):
+    """Attention's sizes; groups: of keys and values."""
+
+    heads: int
+    groups: int
+    head_dim: int
+
+
+class Unsupported(Exception):
+    """What needs Megatron's forward."""
+
+
+class Checked:
+    """What of a built model (an MLlamaBase, with its adapters) needs a look before each forward."""
+
+    def __init__(self, model: Any):
+        self.modules = [module for layer in _layers(model) for module in layer.modules()]
+        self.refused = _refused(model, self.modules)
+
+    def why_not(self) -> str | None:
+        """What needs Megatron's forward; None where the functions here do.
+
+        Functions call no module: what Megatron's DDP or anyone else hooks to one would not be called.
+        """
+        if self.refused:
+            return self.refused
+        hooked = (module for module in self.modules if module._forward_pre_hooks or module._forward_hooks)
+        return next((f"{type(module).__name__} has a forward hook" for module in hooked), None)
+
+
+def _refused(model: Any, modules: Iterable[nn.Module]) -> str | None:
+    if parallel_state.get_tensor_model_parallel_world_size() > 1:
+        return "tensor_model_parallel_size is more than 1"
+    try:
+        _check_config(model.config.language_model_config, F.silu, "RMSNorm")
+        _check_config(model.config.vision_model_config, F.gelu, "LayerNorm")
+        for module in modules:
+            if _is_adapted(module):
+                linear_of(module)
+    except Unsupported as reason:
+        return str(reason)
+    return None
+
+
+def _check_config(config: Any, activation: Callable, normalization: str) -> None:
+    wanted = {
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "layernorm_zero_centered_gamma": False,
+        "activation_func": activation,
+        "gated_linear_unit": activation is F.silu,
+        "normalization": normalization,
+    }
+    for name, value in wanted.items():
+        if getattr(config, name) != value:
+            raise Unsupported(f"{name} is {getattr(config, name)}")
+
+
+def _layers(model: Any) -> Iterable[nn.Module]:
+    decoder, tower = model.language_model.decoder, model.vision_model.vision_encoder
+    yield from decoder.layers
+    yield from decoder.xattn_layers
+    yield from tower.transformer.layers
+    yield from tower.global_transformer.layers
+
+
+def _is_adapted(module: nn.Module) -> bool:
+    return hasattr(module, "to_wrap") and hasattr(module, "adapter")
+
+
+def linear_of(module: Any) -> Linear:
+    """A Megatron, TransformerEngine or portable linear, bare or in NeMo's LoRALinear."""
+    if not _is_adapted(module):
+        return Linear(module.weight, _given(module.bias), _norm_of(module), None, None, 1.0, 0.0, False)
+    base, adapter = module.to_wrap, module.adapter
+    dropout = adapter.dropout.p if adapter.dropout is not None else 0.0
+    if not isinstance(adapter.activation, nn.Identity) or (dropout and adapter.dropout_position != "pre"):
+        raise Unsupported(f"the adapter of {adapter.base_linear_name} has an activation or dropout behind it")
+    return Linear(
+        base.weight,
+        _given(base.bias),
+        _norm_of(base),
+        adapter.linear_in.weight,
+        adapter.linear_out.weight,
+        adapter.alpha / adapter.dim,
+        dropout,
+        adapter.training,
+    )
+
+
+def _given(tensor: Tensor | None) -> Tensor | None:
+    """TransformerEngine's linears without a bias hold an empty one."""
+    return tensor if tensor is not None and tensor.numel() else None
+
+
+def _norm_of(module: nn.Module) -> Tensor | None:
+    return getattr(module, "layer_norm_weight", None)
+
+
+def _run(function: Callable, rows: tuple[Tensor, ...], *args: Any) -> Any:
+    """function(*rows, *args), compiled on a GPU for any number of rows, which all of `rows` begin with."""
+    if not rows[0].is_cuda:
+        return function(*rows, *args)
+    for tensor in rows:
+        torch._dynamo.maybe_mark_dynamic(tensor, 0)
+    return _compiled(function)(*rows, *args)
+
+
+@functools.cache
+def _compiled(function: Callable) -> Callable:
+    return torch.compile(function)
+
+
+def _project(x: Tensor, linear: Linear, eps: float = 0.0) -> Tensor:
+    """(N, in) -> (N, out): norm, linear and adapter."""
+    if linear.norm is not None:
+        x = F.rms_norm(x, linear.norm.shape, linear.norm, eps)
+    y = F.linear(x, linear.weight, linear.bias)
+    if linear.down is None or linear.up is None:
+        return y
+    if linear.dropout:
+        x = F.dropout(x, linear.dropout, linear.training)
+    return y + linear.scale * F.linear(F.linear(x, linear.down), linear.up)
+
+
+# --- text decoder: self-attention -----------------------------------------------------------------------------------
+
+
+def self_layer(layer: Any, hidden_states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """A Llama layer: (S, B, H) -> the same; cos, sin: (S * B, 1, head dim) in fp32, as `rotation` makes them."""
+    attention, mlp = layer.self_attention, layer.mlp
+    num_rows, batch, width = hidden_states.shape
+    eps = layer.config.layernorm_epsilon
+    rows = hidden_states.reshape(-1, width)
+    query, key, value = _run(before_self, (rows, cos, sin), linear_of(attention.linear_qkv), heads_of(attention), eps)
+    query, key, value = (tensor.unflatten(0, (num_rows, batch)) for tensor in (query, key, value))
+    attended = attend(query, key, value, causal=True)
+    rows = _run(
+        behind_self,
+        (rows, attended.view(num_rows * batch, -1)),
+        linear_of(attention.linear_proj),
+        linear_of(mlp.linear_fc1),
+        linear_of(mlp.linear_fc2),
+        eps,
+    )
+    return rows.view(num_rows, batch, width)
+
+
+def heads_of(attention: Any) -> Heads:
+    return Heads(
+        attention.num_attention_heads_per_partition,
+        attention.num_query_groups_per_partition,
+        attention.hidden_size_per_attention_head,
+    )
+
+
+def rotation(angles: Tensor, batch: int) -> tuple[Tensor, Tensor]:
+    """cos and sin, (S * B, 1, head dim) in fp32, of Megatron's rotary angles (S, 1, 1, head dim)."""
+    angles = angles.float().expand(-1, batch, -1, -1).flatten(0, 1)
+    return angles.cos(), angles.sin()
+
+
+def before_self(
+    rows: Tensor, cos: Tensor, sin: Tensor, qkv: Linear, heads: Heads, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Norm, projection and rotary embedding: (N, H) -> query (N, heads, D), key and value (N, groups, D)."""
+    # a group's queries, its key and its value stand together
+    grouped = _project(rows, qkv, eps).view(-1, heads.groups, heads.heads // heads.groups + 2, heads.head_dim)
+    query = grouped[:, :, :-2].reshape(-1, heads.heads, heads.head_dim)
+    key, value = grouped[:, :, -2], grouped[:, :, -1]
+    return _rotate(query, cos, sin), _rotate(key, cos, sin), value.contiguous()
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    first, second = x.float().chunk(2, dim=-1)
+    half_turned = torch.cat((-second, first), dim=-1)
+    return (x.float() * cos + half_turned * sin).to(x.dtype)
+
+
+def behind_self(rows: Tensor, attended: Tensor, proj: Linear, fc1: Linear, fc2: Linear, eps: float) -> Tensor:
+    """Output projection, residual, norm, SwiGLU and residual: (N, H) and (N, heads * D) -> (N, H)."""
+    rows = rows + _project(attended, proj)
+    return rows + _swiglu(rows, fc1, fc2, eps)
+
+
+def _swiglu(rows: Tensor, fc1: Linear, fc2: Linear, eps: float) -> Tensor:
+    gate, up = _project(rows, fc1, eps).chunk(2, dim=-1)
+    return _project(F.silu(gate) * up, fc2)
+
+
+# --- text decoder: cross-attention ----------------------------------------------------------------------------------
+
+
+def cross_layer(layer: Any, hidden_states: Tensor, image_tokens: Tensor, plan: CrossPlan, row_mask: Tensor) -> Tensor:
+    """A gated cross-attention layer: (S, B, H) -> the same.
+
+    image_tokens: (T, 1, H); plan: which rows see which; row_mask: (S, B, 1), 1 for rows that see an image
+    """
+    attention, mlp = layer.cross_attention, layer.mlp
+    num_rows, batch, width = hidden_states.shape
+    eps, heads = layer.config.layernorm_epsilon, heads_of(attention)
+    rows = hidden_states.reshape(-1, width)
+    query = _run(query_of, (rows,), linear_of(attention.linear_q), attention.q_layernorm.weight, heads, eps)
+    key, value = _run(
+        key_value_of,
+        (image_tokens.flatten(0, 1),),
+        linear_of(attention.linear_kv),
+        attention.k_layernorm.weight,
+        heads,
+        eps,
+    )
+    attended = attend_runs(query.unflatten(0, (num_rows, batch)), key.unsqueeze(1), value.unsqueeze(1), plan)
+    rows = _run(
+        behind_cross,
+        (rows, attended.reshape(num_rows * batch, -1), row_mask.reshape(-1, 1)),
+        (layer.gate_attn, layer.gate_ffn),
+        linear_of(attention.linear_proj),
+        linear_of(mlp.linear_fc1),
+        linear_of(mlp.linear_fc2),
+        eps,
+    )
+    return rows.view(num_rows, batch, width)
+
+
+def query_of(rows: Tensor, linear: Linear, norm: Tensor, heads: Heads, eps: float) -> Tensor:
+    """(N, H) -> (N, heads, D), each head normalised."""
+    query = _project(rows, linear, eps).view(-1, heads.heads, heads.head_dim)
+    return F.rms_norm(query, norm.shape, norm, eps)
+
+
+def key_value_of(rows: Tensor, linear: Linear, norm: Tensor, heads: Heads, eps: float) -> tuple[Tensor, Tensor]:
+    """(T, H) -> keys, each head normalised, and values: (T, groups, D)."""
+    key, value = _project(rows, linear).view(-1, heads.groups, 2 * heads.head_dim).chunk(2, dim=-1)
+    return F.rms_norm(key, norm.shape, norm, eps), value.contiguous()
+
+
+def behind_cross(
+    rows: Tensor,
+    attended: Tensor,
+    row_mask: Tensor,
+    gates: tuple[Tensor, Tensor],
+    proj: Linear,
+    fc1: Linear,
+    fc2: Linear,
+    eps: float,
+) -> Tensor:
+    """As behind_self with each branch behind its gate; rows that see no image stay as they are."""
+    gate_attn, gate_ffn = gates
+    rows = rows + gate_attn.tanh() * _project(row_mask * attended, proj)
+    return rows + gate_ffn.tanh() * row_mask * _swiglu(rows, fc1, fc2, eps)
+
+
+# --- vision tower ---------------------------------------------------------------------------------------------------
+
+
+def tower_layer(layer: Any, x: Tensor, plan: TowerPlan) -> Tensor:
+    """A layer of the tower: (N, 1, H) -> the same, the image tokens sorted as the plan says.
+
+    Kernels of cuBLAS and torch one by one: with 6432 tokens an image the host is ahead of the GPU, and torch's own
+    layer norm is faster at this width than torch.compile's or TransformerEngine's.
+    """
+    attention, mlp, width = layer.self_attention, layer.mlp, x.shape[-1]
+    heads = heads_of(attention)
+    rows = x.view(-1, width)
+    qkv = _project(_layer_norm(rows, layer.input_layernorm, layer), linear_of(attention.linear_qkv))
+    # a head's query, key and value stand together
+    query, key, value = qkv.view(-1, 1, heads.heads, 3 * heads.head_dim).chunk(3, dim=-1)
+    attended = attention.core_attention(query, key, value, attention_bias=plan).view(-1, width)
+    rows = layer.add(rows, _project(attended, linear_of(attention.linear_proj)), None, "gate_attn")
+    inner = _linear_gelu(
+        _layer_norm(rows, layer.pre_mlp_layernorm, layer), linear_of(mlp.linear_fc1), mlp.config.bias_activation_fusion
+    )
+    fc2 = linear_of(mlp.linear_fc2)
+    return layer.add(rows, _project(inner, fc2._replace(bias=None)), fc2.bias, "gate_ffn").view_as(x)
+
+
+def _layer_norm(rows: Tensor, norm: Any, layer: Any) -> Tensor:
+    return F.layer_norm(rows, norm.weight.shape, norm.weight, norm.bias, layer.config.layernorm_epsilon)
+
+
+def _linear_gelu(rows: Tensor, linear: Linear, tanh: bool) -> Tensor:
+    """tanh: GELU's approximation. cuBLASLt computes it within the matrix product; torch has no gradient for that, and
+    takes the exact GELU there on a CPU."""
+    in_product = rows.is_cuda and not torch.is_grad_enabled()
+    if tanh and in_product and linear.bias is not None and linear.down is None:
+        return torch.ops.aten._addmm_activation(linear.bias, rows, linear.weight.t(), use_gelu=True)
+    return F.gelu(_project(rows, linear), approximate="tanh" if tanh else "none")
