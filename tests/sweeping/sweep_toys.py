@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 import sys
 import time
 from dataclasses import replace
@@ -18,7 +19,7 @@ from vlmsft.sweeping.report import reporting
 
 
 def make_sweep(folder: Path, tasks: list[dict], **options) -> None:
-    """A ledger with a job for each task: {"seconds": how long, "code": how it ends}."""
+    """A ledger with a job for each task: {"seconds": how long, "code": how it ends, "leaves": a process behind}."""
     from vlmsft.sweeping.ledger import JobRow, Ledger
     from vlmsft.sweeping.schedule import Options, write_options
 
@@ -49,6 +50,8 @@ def job(run_dir: str) -> None:
     with reporting(run_dir):
         alone = Path(run_dir, "runs-now")
         os.close(os.open(alone, os.O_CREAT | os.O_EXCL))
+        if task.get("leaves"):
+            subprocess.Popen(["sleep", "300"], start_new_session=True)
         try:
             time.sleep(task.get("seconds", 0))
         finally:

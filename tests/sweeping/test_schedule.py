@@ -150,6 +150,12 @@ def test_a_job_that_is_killed_has_failed(toys):
     assert (row.state, row.exit_code) == ("failed", 137) and "signal 9" in row.reason
 
 
+def test_what_a_failed_job_leaves_behind_is_killed(toys):
+    sweep = toys([{"code": 1, "leaves": True}])
+    assert sweep.finish() == 0 and sweep.states() == {"failed": 1}
+    assert not local.processes_of(sweep.run_dirs)
+
+
 def test_stop_on_failure_starts_nothing_more(toys):
     sweep = toys([{"code": 1}, {}, {}], on_failure="stop")
     assert sweep.finish(1) == 0

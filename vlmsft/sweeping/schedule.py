@@ -339,8 +339,8 @@ class Loop:
             if code is not None:
                 row = self.running[num]
                 del self._processes[num]
-                if code > 128:
-                    local.kill([row.run_dir])  # its children: it could not see to them
+                if code not in (0, RUNS_ALREADY_EXIT_CODE):
+                    local.kill([row.run_dir])  # its children: it could not see to them, nor torchrun to a killed rank's
                 self._end(row, self._local_end(row, code))
         now = time.monotonic()
         if now - self._looked > LEDGER_POLL_SECONDS:
