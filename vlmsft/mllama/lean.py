@@ -140,11 +140,15 @@ def _norm_of(module: nn.Module) -> Tensor | None:
 
 def _run(function: Callable, rows: tuple[Tensor, ...], *args: Any) -> Any:
     """function(*rows, *args), compiled on a GPU for any number of rows, which all of `rows` begin with."""
-    if not rows[0].is_cuda:
+    if not _compiles(rows[0]):
         return function(*rows, *args)
     for tensor in rows:
         torch._dynamo.maybe_mark_dynamic(tensor, 0)
     return _compiled(function)(*rows, *args)
+
+
+def _compiles(like: Tensor) -> bool:
+    return like.is_cuda
 
 
 @functools.cache
