@@ -55,7 +55,7 @@ class PatchEmbedding(MegatronModule):
     def forward(self, tiles: Tensor) -> Tensor:
         """(T, 3, H, W) -> (T, patches, hidden)."""
         patches = F.unfold(tiles, self.patch_size, stride=self.patch_size).transpose(1, 2)
-        # One matrix: for a batch of transposed ones cuBLAS may pick a kernel 100 times slower. Through the module, whose
+        # One matrix: for a batch of transposed ones cuBLAS may pick a kernel 100 times slower. By the module, whose
         # hook waits for its weight where Megatron gathers the optimizer's shards during the forward pass.
         rows, _ = self._linear(patches.flatten(0, 1))
         return gather_from_tensor_model_parallel_region(rows.unflatten(0, patches.shape[:2]))
