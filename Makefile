@@ -3,7 +3,7 @@ SUPPORTED := import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 13))
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.10 python3; do $$p -c '$(SUPPORTED)' 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
 
-.PHONY: setup demo test test-nemo test-browser test-slurm check lock
+.PHONY: setup demo test test-nemo test-browser test-slurm test-gpu check lock
 
 setup: .venv/complete
 
@@ -42,6 +42,10 @@ test-browser: setup
 # brings up a Slurm on this machine: root, and the packages that tests/slurm/cluster.py names
 test-slurm: setup
 	$(BIN)/python -m pytest -m slurm
+
+# needs a CUDA GPU, and TransformerEngine (README, "On a GPU")
+test-gpu: setup
+	$(BIN)/python -m pytest -m gpu tests/mllama/test_gpu.py tests/test_train_gpu.py
 
 check: setup
 	$(BIN)/ruff check .
