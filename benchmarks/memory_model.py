@@ -194,7 +194,9 @@ class Trainer:
         add_lora(self.model, cfg.peft)
         self.model.to("cuda" if on_gpu else "cpu").train()
         self.ddp = DistributedDataParallel(
-            self.model.config, DistributedDataParallelConfig(use_distributed_optimizer=True), self.model
+            self.model.config,
+            DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True),
+            self.model,
         )
         self.ddp.broadcast_params()
         settings: Any = fdl.build(translate(cfg.optim)).config
@@ -283,10 +285,10 @@ class Trainer:
             answer_tokens=shape.text_tokens - shape.text_tokens // 2,
             tiles_per_image=shape.tiles,
             bf16=self.on_gpu,
+            lean_forward=self.model.config.lean_forward,
         )
         parts = {name: value / GIB for name, value in vars(estimate).items()}
-        in_training = max(estimate.training, estimate.stepping)
-        whole = {"estimated_gib": in_training / GIB, "estimated_device_gib": estimate.device / GIB}
+        whole = {"estimated_gib": estimate.training / GIB, "estimated_device_gib": estimate.device / GIB}
         return {**whole, **{f"estimated_{name}_gib": value for name, value in parts.items()}}
 
 

@@ -69,6 +69,7 @@ def memory(cfg: DictConfig) -> MemoryEstimate:
         tensor_model_parallel_size=cfg.strategy.tensor_model_parallel_size,
         data_parallel_size=facts.data_parallel_size,
         bf16=str(cfg.precision) != "32",
+        lean_forward=facts["model.config.lean_forward"],
     )
 
 

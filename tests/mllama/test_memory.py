@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 
-from vlmsft.mllama.memory import Training, memory_estimate
+from vlmsft.mllama.memory import WORKSPACE_BYTES, Training, memory_estimate
 from vlmsft.mllama.sizes import GIB, TextShape, VisionShape, lora_count, lora_modules, parameter_counts
 
 TEXT_11B = TextShape(32, 8, 4096, 14336, 32, 8, 128256)
@@ -29,15 +29,37 @@ def estimate(training=FULL, **options):
     return memory_estimate(TEXT_11B, VISION_11B, training, **{**SMALL, **options})
 
 
-# Measured on 2026-11-24 by benchmarks/memory_model.py on one H100 80GB (torch 2.11.0, TransformerEngine 2.9.0,
-# Megatron-Core 0.15.3), as torch.cuda.max_memory_allocated() over two steps with the distributed optimizer: vlmsft's
-# TransformerEngine layers, bf16, LoRA dim 8 with dropout, one image (of at most 4 tiles) a sample, half of the text
-# with labels. FEW: the text decoder with 4 and 1 layers, of which full fine-tuning fits.
-FEW = dataclasses.replace(TEXT_11B, num_layers=4, num_cross_attention_layers=1)
+# Measured on 2026-11-24 on one H100 80GB (torch 2.11.0, TransformerEngine 2.9.0, Megatron-Core 0.15.3) as
+# torch.cuda.max_memory_allocated(): bf16, LoRA dim 8 with dropout, the distributed optimizer, one image (of at most 4
+# tiles) a sample, half of the text with labels.
 TEXT_LORA, TOWER_LORA = lora(IN_TEXT), lora(EVERYWHERE)
 IN_TEXT_AGAIN, IN_TOWER_AGAIN = {"recompute_text": True}, {"recompute_tower": True}
-MEASURED_GIB = [
+
+# Layers as functions, by a training (benchmarks/train_gpu.py). NINE: the most text layers whose full fine-tuning fits
+NINE = dataclasses.replace(TEXT_11B, num_layers=9, num_cross_attention_layers=2)
+LEAN_GIB = [
     # decoder, what trains, recomputed, micro batch, text tokens, tiles, GiB
+    (TEXT_11B, TEXT_LORA, {}, 1, 256, 2, 21.58),
+    (TEXT_11B, TEXT_LORA, {}, 2, 256, 2, 23.20),
+    (TEXT_11B, TEXT_LORA, {}, 4, 256, 2, 26.29),
+    (TEXT_11B, TEXT_LORA, {}, 8, 256, 2, 32.57),
+    (TEXT_11B, TEXT_LORA, {}, 16, 256, 2, 45.14),
+    (TEXT_11B, TEXT_LORA, {}, 24, 256, 2, 57.7),  # without an optimizer, whose state is 0.06 GiB
+    (TEXT_11B, TEXT_LORA, {}, 1, 1024, 2, 25.15),
+    (TEXT_11B, TEXT_LORA, {}, 4, 1024, 2, 40.41),
+    (TEXT_11B, TEXT_LORA, {}, 8, 1024, 2, 60.82),
+    (TEXT_11B, TEXT_LORA, {}, 1, 256, 4, 21.98),
+    (TEXT_11B, TEXT_LORA, {}, 8, 256, 4, 35.72),
+    (TEXT_11B, TOWER_LORA, {}, 1, 256, 2, 28.83),
+    (TEXT_11B, TOWER_LORA, {}, 2, 256, 2, 37.56),
+    (TEXT_11B, TOWER_LORA, IN_TOWER_AGAIN, 4, 256, 2, 29.24),
+    (NINE, FROZEN_TOWER, {}, 1, 256, 2, 61.56),
+    (NINE, FROZEN_TOWER, {}, 8, 256, 2, 65.29),
+]
+# TransformerEngine's layers, over two steps of an earlier benchmarks/memory_model.py. FEW: the text decoder with 4 and
+# 1 layers, of which full fine-tuning fits with the tower's.
+FEW = dataclasses.replace(TEXT_11B, num_layers=4, num_cross_attention_layers=1)
+TRANSFORMER_ENGINE_GIB = [
     (TEXT_11B, TEXT_LORA, {}, 1, 256, 2, 21.8),
     (TEXT_11B, TEXT_LORA, {}, 8, 256, 2, 34.1),
     (TEXT_11B, TEXT_LORA, {}, 24, 256, 2, 62.1),
@@ -45,6 +67,7 @@ MEASURED_GIB = [
     (TEXT_11B, TEXT_LORA, {}, 8, 256, 1, 32.4),
     (TEXT_11B, TEXT_LORA, {}, 8, 1024, 2, 66.1),
     (TEXT_11B, TEXT_LORA, IN_TEXT_AGAIN, 16, 256, 2, 24.0),
+    (TEXT_11B, TEXT_LORA, IN_TEXT_AGAIN, 16, 1024, 2, 34.5),
     (TEXT_11B, TOWER_LORA, {}, 1, 256, 2, 29.1),
     (TEXT_11B, TOWER_LORA, {}, 2, 256, 2, 38.0),
     (TEXT_11B, TOWER_LORA, IN_TOWER_AGAIN, 4, 256, 2, 30.0),
@@ -57,38 +80,77 @@ MEASURED_GIB = [
     (FEW, FULL, {}, 2, 256, 2, 68.6),
     (FEW, FULL, IN_TOWER_AGAIN, 4, 256, 2, 56.8),
 ]
-# the same, and the only shape of the benchmark that is off by more: 10.7 % too low
-WORST_GIB = (TEXT_11B, TEXT_LORA, IN_TEXT_AGAIN, 16, 1024, 2, 34.5)
+WITHIN = 0.02  # a plan needs 10 %, but a term that is lost or counted twice shows in less
 
 
-def measured_case(text, training, recompute, micro_batch_size, text_tokens, tiles):
+def measured_case(text, training, recompute, micro_batch_size, text_tokens, tiles, **options):
     return memory_estimate(
         text,
         VISION_11B,
         dataclasses.replace(training, **recompute),
         micro_batch_size=micro_batch_size,
         text_tokens=text_tokens,
-        answer_tokens=text_tokens // 2,
         tiles_per_image=tiles,
+        **{"answer_tokens": text_tokens // 2, **options},
     )
 
 
-@pytest.mark.parametrize("case", MEASURED_GIB, ids=lambda case: "-".join(map(str, case[3:])))
-def test_estimate_against_an_h100(case):
+def case_name(case):
+    _, training, recompute, *shape, _ = case
+    text = "LoRA" if not training.text else "full"
+    tower = "-tower" * training.through_tower
+    return "-".join([text + tower, *recompute, *map(str, shape)])
+
+
+@pytest.mark.parametrize("case", LEAN_GIB, ids=case_name)
+def test_layers_as_functions_against_an_h100(case):
     *shape, gib = case
-    estimate = measured_case(*shape)
-    assert max(estimate.training, estimate.stepping) / GIB == pytest.approx(gib, rel=0.1)
+    assert measured_case(*shape).training / GIB == pytest.approx(gib, rel=WITHIN)
 
 
-def test_worst_estimate():
-    *shape, gib = WORST_GIB
-    assert measured_case(*shape).peak / GIB == pytest.approx(gib, rel=0.11)
+@pytest.mark.parametrize("case", TRANSFORMER_ENGINE_GIB, ids=case_name)
+def test_transformer_engine_against_an_h100(case):
+    """That benchmark left the gradients in bf16, half of what a training has, and the optimizer's step copied them into
+    fp32: either is the peak."""
+    *shape, gib = case
+    estimate = measured_case(*shape, lean_forward=False)
+    half = estimate.gradients / 2
+    stepping = estimate.weights + estimate.gradients + estimate.optimizer + half + WORKSPACE_BYTES
+    assert max(estimate.training - half, stepping) / GIB == pytest.approx(gib, rel=WITHIN)
+
+
+def test_build_against_an_h100():
+    lora_build, full_build = (
+        measured_case(text, training, {}, 1, 256, 2).build / GIB
+        for text, training in ((TEXT_11B, TEXT_LORA), (NINE, FROZEN_TOWER))
+    )
+    assert lora_build == pytest.approx(19.7, rel=WITHIN) and full_build == pytest.approx(35.0, rel=WITHIN)
+
+
+def test_photographs_against_an_h100():
+    """Measured likewise with benchmarks/input_pipeline.py: 35.4 GiB with micro batches of 4, samples of 1, 2 and 4
+    tiles and up to 616 tokens; the fullest micro batch is between the two."""
+    low = measured_case(TEXT_11B, TEXT_LORA, {}, 4, 616, 2)
+    high = measured_case(TEXT_11B, TEXT_LORA, {}, 4, 616, 4, answer_tokens=None)
+    assert 0.9 * 35.4 * GIB < low.peak < 35.4 * GIB < high.peak < 1.1 * 35.4 * GIB
+
+
+def test_tensor_parallel_layers_are_transformer_engines():
+    """Unless model.config.lean_forward says otherwise; Megatron keeps more."""
+    as_built, lean, megatron = (estimate(lora(IN_TEXT), lean_forward=on).activations for on in (None, True, False))
+    assert as_built == lean < megatron
+    as_built, megatron = (
+        estimate(lora(IN_TEXT), tensor_model_parallel_size=2, lean_forward=on).activations for on in (None, False)
+    )
+    assert as_built == megatron
 
 
 def test_what_ran_out_of_memory_is_estimated_to():
-    """Measured likewise: a micro batch of 32 did not fit a GPU with 78 GiB, 24 did, and 8 of 1024 tokens."""
-    fits = [measured_case(TEXT_11B, TEXT_LORA, {}, *size, 2).device for size in ((24, 256), (8, 1024))]
-    assert max(fits) < 78 * GIB < measured_case(TEXT_11B, TEXT_LORA, {}, 32, 256, 2).device
+    """Measured with TransformerEngine's layers: a micro batch of 32 did not fit a GPU with 78 GiB, 24 did, and 8 of
+    1024 tokens."""
+    shapes = ((24, 256), (8, 1024), (32, 256))
+    *fits, too_much = (measured_case(TEXT_11B, TEXT_LORA, {}, *size, 2, lean_forward=False).device for size in shapes)
+    assert max(fits) < 78 * GIB < too_much
 
 
 def test_bytes_per_parameter():
@@ -162,15 +224,29 @@ def test_recomputation_saves_most_where_it_matters():
 
 
 @pytest.mark.parametrize(
-    ("name", "more"), [("linear_proj", True), ("linear_fc2", True), ("linear_qkv", False), ("linear_kv", False)]
+    ("name", "lean", "more"),
+    [
+        ("linear_proj", True, True),
+        ("linear_fc2", True, True),
+        ("linear_qkv", True, True),  # the norm's output, else computed again
+        ("linear_qkv", False, True),
+        ("linear_kv", True, True),
+        ("linear_kv", False, False),  # the image tokens, which TransformerEngine's linear keeps anyway
+    ],
 )
-def test_lora_keeps_its_inputs(name, more):
+def test_lora_keeps_its_inputs(name, lean, more):
     """Dropout makes a copy and a mask; without it only inputs that nothing else keeps cost something."""
-    in_text = [f"*.language_model.*.{name}"]
-    nowhere = estimate(NOTHING).activations
-    with_dropout, without = (estimate(lora(in_text, lora_dropout=on)).activations for on in (True, False))
+
+    def activations(training):
+        return estimate(training, lean_forward=lean).activations
+
+    in_text, nowhere = [f"*.language_model.*.{name}"], activations(NOTHING)
+    with_dropout, without = (activations(lora(in_text, lora_dropout=on)) for on in (True, False))
     assert with_dropout > without
     assert without > nowhere if more else without == nowhere
+    full, trains = activations(FULL), dataclasses.replace(lora(in_text, lora_dropout=False), text=True, tower=True)
+    kept = activations(dataclasses.replace(trains, projector=True)) - full
+    assert kept < 0.01 * full, "matrices that train keep their inputs themselves: the factors cost their weights only"
 
 
 def test_the_90b_takes_eight_gpus():

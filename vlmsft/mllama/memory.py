@@ -2,8 +2,13 @@
 
 One term per tensor that is there at the highest point of a step, in the manner of Korthikanti et al. 2022 ("Reducing
 Activation Recomputation in Large Transformer Models", section 4). Which tensors these are was read from the code that
-keeps them: vlmsft/mllama, TransformerEngine 2.9, Megatron-Core 0.15.3, NeMo's LoRA, torch's flash attention. No term is
+keeps them: vlmsft/mllama, TransformerEngine 2.9, Megatron-Core 0.15.3, NeMo's LoRA, torch's flash attention; and for
+vlmsft/mllama/lean.py from what its compiled functions save (torch.autograd.graph.saved_tensors_hooks). No term is
 fitted; benchmarks/memory_model.py compares them with a GPU.
+
+"lean" below: layers as lean.py's functions. Between a layer's attention and its matrix products torch.compile computes
+everything again in the backward pass, so that norms cost their input and the MLP its first product; TransformerEngine
+keeps the output of a norm whose matrix trains or has an adapter, and Megatron queries and keys before their rotation.
 """
 
 from __future__ import annotations
@@ -20,9 +25,6 @@ CONTEXT_BYTES = 7.8 * GIB
 the same at 19 shapes (benchmarks/memory_model.py on an H100); of what it consists was not."""
 FRAGMENTATION = 0.03
 """What torch's allocator holds beyond its peak, as a share of it: the median of the same 19 shapes, from 1 to 11 %."""
-STEPPING_BYTES = 2
-"""Of each trained parameter, for a moment, while the first step makes the optimizer's state: measured likewise at full
-fine-tuning (4.1 GiB of 2.2e9 parameters at three shapes); which tensor it is was not traced."""
 MASK = 0.5  # a dropout mask has a byte an element: half an element of 16 bits
 
 
@@ -32,8 +34,7 @@ class MemoryEstimate:
 
     weights, gradients, optimizer: there throughout
     activations: all else that torch's allocator holds at the highest point of a step
-    build: the highest point while the model is built, before optimizer and activations exist
-    stepping: the highest point while the optimizer steps, after the activations are gone
+    build: the highest point until the first step, before activations and the optimizer's moments exist
     """
 
     weights: float
@@ -41,7 +42,6 @@ class MemoryEstimate:
     optimizer: float
     activations: float
     build: float
-    stepping: float
 
     @property
     def training(self) -> float:
@@ -50,7 +50,7 @@ class MemoryEstimate:
     @property
     def peak(self) -> float:
         """As torch.cuda.max_memory_allocated() tells it."""
-        return max(self.training, self.build, self.stepping)
+        return max(self.training, self.build)
 
     @property
     def overhead(self) -> float:
@@ -124,14 +124,18 @@ def memory_estimate(
     data_parallel_size: int = 1,
     distributed_optimizer: bool = True,
     bf16: bool = True,
+    lean_forward: bool | None = None,
 ) -> MemoryEstimate:
-    """Estimate of one GPU's memory for full fine-tuning or LoRA with TransformerEngine's layers, PP = CP = 1.
+    """Estimate of one GPU's memory for full fine-tuning or LoRA, PP = CP = 1.
 
     text_tokens: padded text length of a micro batch's samples; answer_tokens: with a label (None = all)
     tiles_per_image: real tiles (None = max_num_tiles); the tower always computes with max_num_tiles of them
-    Formulas: `training_bytes` and `activation_bytes`.
+    lean_forward: model.config.lean_forward (None: with tensor_model_parallel_size 1). Without it the layers are
+        TransformerEngine's
+    Formulas: `training_bytes`, `building_bytes` and `activation_bytes`.
     """
     tp = tensor_model_parallel_size
+    lean = tp == 1 if lean_forward is None else lean_forward
     counts, matrices = parameter_counts(text, vision), lora_matrices(text, vision)
     trains = {"text": training.text, "tower": training.tower, "projector": training.projector}
     lora = Count(training.lora_dim * sum(matrices[name] for name in training.lora_modules))
@@ -154,10 +158,8 @@ def memory_estimate(
         weights=weights,
         gradients=gradients,
         optimizer=optimizer,
-        activations=WORKSPACE_BYTES + activation_bytes(text, vision, batch, training, tp, whole, element),
-        # Megatron moves what trains into a buffer beside the gradients': for a moment it is there twice
-        build=element * (held + trained) + 4 * trained,
-        stepping=weights + gradients + optimizer + STEPPING_BYTES * trained,
+        activations=WORKSPACE_BYTES + activation_bytes(text, vision, batch, training, tp, whole, element, lean),
+        build=building_bytes(text, training, held, trained, bf16=bf16, optimizer_shards=shards, tp=tp),
     )
 
 
@@ -167,35 +169,71 @@ def training_bytes(held: int, trained: int, *, bf16: bool, optimizer_shards: int
     Per trained parameter, with d shards (Megatron-LM, docs/source/api-guide/dist_optimizer.md):
       bf16: weights 2 + fp32 main gradients 4 + (fp32 master weights, exp_avg, exp_avg_sq) 12 / d bytes
       fp32: weights 4 + gradients 4 + (exp_avg, exp_avg_sq) 8 / d bytes
-    A frozen parameter costs its weight only.
+    A frozen parameter costs its weight only. Gradients are in fp32, as NeMo's precision plugins set
+    grad_reduce_in_fp32; of bf16 ones the optimizer's step would make an fp32 copy.
     """
     return (2 if bf16 else 4) * held, 4 * trained, (12 if bf16 else 8) * trained / optimizer_shards
 
 
-def activation_bytes(
-    text: TextShape, vision: VisionShape, batch: Batch, training: Training, tp: int, whole: int, element_bytes: int
+def building_bytes(
+    text: TextShape, training: Training, held: int, trained: int, *, bf16: bool, optimizer_shards: int, tp: int
 ) -> float:
-    """The highest of: the tower at work; the end of the forward pass; the backward pass in a recomputed layer.
+    """The higher of: Megatron's DDP makes its buffers; its optimizer makes fp32 master weights."""
+    element = 2 if bf16 else 4
+    # DDP moves what trains into a buffer beside the gradients': for a moment it is there twice
+    moving = element * (held + trained) + 4 * trained
+    if not bf16:  # no master weights
+        return moving
+    # each is a bf16 copy before it is converted: of the largest matrix, where it trains
+    copied = element * text.vocab_size * text.hidden_size / tp * training.text
+    return max(moving, element * held + 4 * trained + (4 * trained + copied) / optimizer_shards)
+
+
+def activation_bytes(
+    text: TextShape,
+    vision: VisionShape,
+    batch: Batch,
+    training: Training,
+    tp: int,
+    whole: int,
+    element_bytes: int,
+    lean: bool,
+) -> float:
+    """The highest of: the tower at work; the loss, forwards and backwards; the backward pass of a text layer.
 
     tp: tensor-parallel size, which divides what lies between column- and row-parallel matrices
     whole: divisor of what lies outside them: 1, or tp with sequence parallelism
+    lean: layers as functions; TransformerEngine's otherwise
     """
     tower_kept, tower_working = _tower_bytes(vision, batch, training, tp, element_bytes)
-    text_kept, text_working = _text_bytes(text, batch, training, tp, whole, element_bytes)
-    logits = _logits_bytes(text, batch, training, tp, element_bytes)
+    text_kept, text_working = _text_bytes(text, batch, training, tp, whole, element_bytes, lean)
+    forwards, backwards = _loss_bytes(text, batch, training, tp, element_bytes)
+    # the projected image tokens are there until the model's forward returns, and longer where something keeps them
     image_tokens = batch.seen * text.hidden_size * element_bytes
-    after_forward = tower_kept + image_tokens + text_kept + max(logits, text_working)
+    if _keeps_image_tokens(training, lean):
+        text_kept, image_tokens = text_kept + image_tokens, 0
+    after_forward = tower_kept + text_kept + max(image_tokens + forwards, backwards, text_working)
     return max(after_forward, tower_kept + tower_working)
 
 
+def _keeps_image_tokens(training: Training, lean: bool) -> bool:
+    """Whether the backward pass needs them: as linear_kv's input, or to compute a layer again.
+
+    TransformerEngine's linear keeps its input, frozen or not. An adapter keeps a dropped-out copy (`_LoraInputs`).
+    """
+    adapted = any(name.endswith(".linear_kv") for name in training.lora_modules) and not training.lora_dropout
+    return not lean or training.text or training.recompute_text or adapted
+
+
 def _text_bytes(
-    text: TextShape, batch: Batch, training: Training, tp: int, whole: int, element_bytes: int
+    text: TextShape, batch: Batch, training: Training, tp: int, whole: int, element_bytes: int, lean: bool
 ) -> tuple[float, float]:
     """(kept for the backward pass, passing while a layer is computed backwards)."""
     h, f, k = text.hidden_size, text.ffn_hidden_size, text.key_size
-    lora = _LoraInputs.of(training, text)
-    self_layer, cross_layer = _self_layer(text, training, tp, whole), _cross_layer(text, training, tp, whole)
-    # of each vision token: keys and values as one, keys before and after their norm
+    lora = _LoraInputs.of(training, text, lean)
+    self_layer, cross_layer = _self_layer(text, training, tp, whole, lean), _cross_layer(text, training, tp, whole)
+    # of each vision token: keys and values as the product gives them, keys behind their norm; values on their own
+    # (lean), or keys before their norm (Megatron)
     keys = 4 * k / tp
     layers = batch.text * (text.num_layers * self_layer + text.num_cross_attention_layers * cross_layer)
     layers += batch.text * (lora.text_whole / whole + lora.text_split / tp)
@@ -215,12 +253,14 @@ def _text_bytes(
     return (inputs + final_norm) * element_bytes, (at_work + passing) * element_bytes
 
 
-def _self_layer(text: TextShape, training: Training, tp: int, whole: int) -> float:
+def _self_layer(text: TextShape, training: Training, tp: int, whole: int, lean: bool) -> float:
     """Elements per text token that a self-attention layer keeps, LoRA's own aside."""
     h, f, q, k = text.hidden_size, text.ffn_hidden_size, text.query_size, text.key_size
-    norms = 4 * h  # two norms' inputs and outputs: TransformerEngine keeps the outputs for frozen matrices too
-    # queries, keys and values as one (the values are a view of it), queries and keys rotated, output, its log-sums
-    attention = (q + 2 * k) + (q + k) + q + 2 * text.num_attention_heads
+    norms = 2 * h + 2 * h * training.text  # two norms' inputs; their outputs are inputs of linear_qkv and linear_fc1
+    # queries and keys rotated, values, output, its log-sums
+    attention = (q + 2 * k) + q + 2 * text.num_attention_heads
+    if not lean:  # the values are a view of queries, keys and values as one, which stay with them
+        attention += q + k
     mlp = 2 * f  # gate and up
     weights = (q + f) * training.text  # inputs of linear_proj and linear_fc2
     return norms / whole + (attention + mlp + weights) / tp
@@ -229,7 +269,7 @@ def _self_layer(text: TextShape, training: Training, tp: int, whole: int) -> flo
 def _cross_layer(text: TextShape, training: Training, tp: int, whole: int) -> float:
     """Elements per text token that a cross-attention layer keeps, LoRA's own aside."""
     h, f, q = text.hidden_size, text.ffn_hidden_size, text.query_size
-    norms = 4 * h
+    norms = 2 * h + 2 * h * training.text
     attention = 3 * q + 2 * text.num_attention_heads  # queries before and after their norm, output, its log-sums
     mlp = 2 * f
     weights = (q + f) * training.text
@@ -237,14 +277,17 @@ def _cross_layer(text: TextShape, training: Training, tp: int, whole: int) -> fl
     return (norms + gated) / whole + (attention + mlp + weights) / tp
 
 
-def _logits_bytes(text: TextShape, batch: Batch, training: Training, tp: int, element_bytes: int) -> float:
-    """Of answers only: in compute precision, and in fp32, where softmax and gradient are computed in place.
+def _loss_bytes(text: TextShape, batch: Batch, training: Training, tp: int, element_bytes: int) -> tuple[float, float]:
+    """(at the end of the forward pass, at the start of the backward pass), of answers only.
 
-    If the output matrix trains, its gradient in compute precision as well, until it is added to the fp32 one.
+    Forwards: logits in compute precision, and in fp32, where the softmax is computed in place. Backwards, Megatron's
+    compiled calculate_gradients: the softmax, its difference from the labels (a copy, as torch.compile makes it), and
+    the gradient in compute precision. Then the output matrix' own gradient beside the latter, if it trains.
     """
-    matrix = text.vocab_size * text.hidden_size / tp
-    rows = batch.answers * (text.vocab_size / tp * (element_bytes + 4) + text.hidden_size * element_bytes)
-    return rows + matrix * element_bytes * training.text
+    logits = batch.answers * text.vocab_size / tp
+    forwards = logits * (element_bytes + 4) + batch.answers * text.hidden_size * element_bytes
+    matrix = text.vocab_size * text.hidden_size / tp * training.text
+    return forwards, max(logits * (4 + 4 + element_bytes), (logits + matrix) * element_bytes)
 
 
 def _tower_bytes(
@@ -252,7 +295,7 @@ def _tower_bytes(
 ) -> tuple[float, float]:
     """(kept for the backward pass, passing while the tower computes)."""
     h, f = vision.hidden_size, vision.ffn_size
-    lora = _LoraInputs.of(training, vision)
+    lora = _LoraInputs.of(training, vision, lean=False)
     num_layers = vision.num_layers + vision.num_global_layers
     # forward: the residual, a norm's output, the MLP's inner width before and after GELU; intermediate features
     passing = batch.computed * (2 * h + 2 * f / tp) + batch.seen * vision.num_intermediate_layers * h
@@ -290,13 +333,16 @@ class _LoraInputs:
     tower_split: float = 0
 
     @classmethod
-    def of(cls, training: Training, shape: TextShape | VisionShape) -> _LoraInputs:
+    def of(cls, training: Training, shape: TextShape | VisionShape, lean: bool) -> _LoraInputs:
         """Of the matrices that lie in the text decoder or in the tower, as the shape says."""
         in_text = isinstance(shape, TextShape)
+        trains = training.text if in_text else training.tower  # then the matrix keeps its input itself
         h, f = shape.hidden_size, shape.ffn_hidden_size if in_text else shape.ffn_size
         q = shape.query_size if in_text else h
         # the dropped-out input and the mask. Without dropout: the input itself, if nothing else keeps it
         dropped = (1 + MASK) * training.lora_dropout
+        # TransformerEngine keeps the norm's output that it hands to an adapter, dropped out or not
+        norm_output = in_text and not lean and not trains
         sums: dict[str, float] = {one.name: 0.0 for one in fields(cls)}
         for module in training.lora_modules:
             name = module.rpartition(".")[2]
@@ -309,9 +355,9 @@ class _LoraInputs:
                 sums["image"] += h * (1 + MASK * training.through_projector) * training.lora_dropout
             elif name in ("linear_proj", "linear_fc2"):
                 width = q if name == "linear_proj" else f
-                sums[f"{side}_split"] += width * (dropped or 1)
+                sums[f"{side}_split"] += width * (dropped or not trains)
             elif name in ("linear_qkv", "linear_q", "linear_fc1"):
-                sums[f"{side}_whole"] += h * (dropped or (0 if in_text else 1))
+                sums[f"{side}_whole"] += h * ((dropped + norm_output) or not trains)
         return cls(**sums)
 
     def per_layer(self, shape: TextShape | VisionShape) -> _LoraInputs:

@@ -232,6 +232,7 @@ def memory_gib(trainer: Trainer, pl_module: LightningModule) -> float | None:
         data_parallel_size=max(trainer.world_size // tp, 1),
         distributed_optimizer=getattr(getattr(strategy, "ddp_config", None), "use_distributed_optimizer", False),
         bf16=next(pl_module.parameters()).element_size() == 2,
+        lean_forward=getattr(pl_module.config, "lean_forward", None),
     )
     return estimate.peak / sizes.GIB
 
