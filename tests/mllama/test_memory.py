@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 
@@ -15,7 +16,7 @@ TEXT_TINY = TextShape(4, 2, 32, 64, 4, 2, 128)
 VISION_TINY = VisionShape(3, 2, 48, 56, 14, 2, 32, ffn_hidden_size=96)
 IN_TEXT = [f"*.language_model.*.{name}" for name in ("linear_qkv", "linear_q", "linear_kv")]
 EVERYWHERE = ["linear_qkv", "linear_q", "linear_kv"]
-SMALL = {"micro_batch_size": 1, "text_tokens": 256}
+SMALL: dict[str, Any] = {"micro_batch_size": 1, "text_tokens": 256}
 FULL, FROZEN_TOWER = Training(), Training(tower=False)
 NOTHING = Training(text=False, tower=False, projector=False)
 
