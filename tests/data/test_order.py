@@ -53,6 +53,27 @@ def test_resume_with_another_global_batch_size_goes_on_behind_the_consumed_sampl
     assert resumed == whole[24:64]
 
 
+@pytest.mark.parametrize(("micro", "size"), [(2, 1), (2, 2), (4, 2)])
+def test_similar_lengths_share_a_micro_batch_and_steps_keep_their_samples(micro, size):
+    lengths = np.random.default_rng(0).permutation(50)
+    shares = [Share(micro, 8, rank, size) for rank in range(size)]
+    streams = [iter(TrainOrder(50, 7, 0, share, lambda indices: lengths[indices])) for share in shares]
+    for expected in global_batches(1, 1, 14):
+        # in the order in which the ranks compute them, side by side
+        rounds = [[next(stream) for stream in streams] for _ in range(shares[0].num_microbatches)]
+        step = [index for batches in rounds for batch in batches for index in batch]
+        assert sorted(step) == expected
+        assert [lengths[index] for index in step] == sorted(lengths[expected], reverse=True)
+
+
+def test_a_blend_sorts_by_length_within_a_step():
+    lengths = np.random.default_rng(0).permutation(sum(SIZES))
+    plain = BlendOrder(SIZES, WEIGHTS, 7, 0, Share(8, 8, 0, 1))
+    by_length = BlendOrder(SIZES, WEIGHTS, 7, 0, Share(8, 8, 0, 1), lambda indices: lengths[indices])
+    for expected, step in islice(zip(plain, by_length, strict=True), 20):
+        assert step == sorted(expected, key=lambda index: -lengths[index])
+
+
 def test_the_order_depends_on_seed_and_epoch_only():
     assert epoch_order(50, 1, 0).tolist() == epoch_order(50, 1, 0).tolist()
     assert len({tuple(epoch_order(50, seed, epoch)) for seed in range(3) for epoch in range(3)}) == 9

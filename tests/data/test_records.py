@@ -1,6 +1,7 @@
 import json
 import pickle
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -39,6 +40,15 @@ def test_jsonl_keeps_line_numbers_past_blank_lines_and_pickles_as_a_path(tmp_pat
     data = pickle.dumps(records)
     assert len(data) < 1000
     assert pickle.loads(data)[1] == records[1]
+
+
+def test_sizes_follow_the_texts(tmp_path):
+    texts = ["短い", "もっとずっと長い答えです。" * 9, "中くらいの答え"]
+    records = [{"image": "a.jpg", "conversations": turns("<image>\n何？", text)} for text in texts]
+    listed = tmp_path / "train.json"
+    listed.write_text(json.dumps(records))
+    for path in (write(tmp_path / "train.jsonl", records), listed):
+        assert np.argsort(RecordFile(path).sizes(np.array([2, 1, 0]))).tolist() == [2, 0, 1]
 
 
 def test_json_list_names_record_and_id(tmp_path):

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
+import numpy as np
 import torch
 from torch.utils.data import Dataset
 
@@ -59,6 +60,12 @@ class Blend(Dataset):
 
     def __len__(self) -> int:
         return self.ends[-1]
+
+    def text_sizes(self, indices: np.ndarray) -> np.ndarray:
+        """(N,) how long the samples' texts are, roughly. Of ConversationDatasets: nobody trains on a ShardDataset."""
+        datasets: list[Any] = self.datasets
+        places = [self._place(index) for index in indices.tolist()]
+        return np.array([datasets[number].text_sizes(np.array([within]))[0] for number, within in places])
 
     def __getitem__(self, index: int) -> _Item:
         number, within = self._place(index if index >= 0 else ~index)

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 from torch.utils.data import DataLoader, Dataset
 
 from vlmsft.data.collate import collate
@@ -43,6 +44,10 @@ class ConversationDataset(Dataset):
 
     def __len__(self) -> int:
         return len(self.records)
+
+    def text_sizes(self, indices: np.ndarray) -> np.ndarray:
+        """(N,) how long the records' texts are, roughly: see RecordFile.sizes."""
+        return self.records.sizes(indices)
 
     def __getitem__(self, index: int) -> EncodedSample | UserError:
         number = index if index >= 0 else ~index

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -17,6 +17,19 @@ def epoch_order(num_samples: int, seed: int, epoch: int, dataset: int | None = N
     """
     key = [seed, epoch] if dataset is None else [seed, epoch, dataset]
     return np.random.Generator(np.random.PCG64(key)).permutation(num_samples)
+
+
+Sizes = Callable[[np.ndarray], np.ndarray]
+"""(N,) sample indices -> (N,) how long their texts are, in any unit."""
+
+
+def longest_first(global_batch: np.ndarray, sizes: Sizes | None) -> np.ndarray:
+    """The same samples with similar lengths side by side: a micro batch is padded to its longest text.
+
+    What a step learns stays the same, since it sums over its samples. The longest ones come first, so that a step that
+    doesn't fit the GPU fails at its beginning and the allocator's first blocks hold what comes later.
+    """
+    return global_batch if sizes is None else global_batch[np.argsort(-sizes(global_batch), kind="stable")]
 
 
 @dataclass(frozen=True)
@@ -57,11 +70,13 @@ class TrainOrder:
     The stream is one epoch's permutation after the other; global batches are cut from it without regard to epochs, so
     the last batch of an epoch is filled up from the next one and every sample comes exactly once in each epoch. It has
     no length on purpose: Lightning would end an "epoch" in the middle of a step, drop it and forget its validation.
+    sizes: of the texts, for longest_first
     """
 
-    def __init__(self, num_samples: int, seed: int, consumed_samples: int, share: Share):
+    def __init__(self, num_samples: int, seed: int, consumed_samples: int, share: Share, sizes: Sizes | None = None):
         if num_samples < 1:
             raise ValueError("no sample to train on")
+        self.sizes = sizes
         self.num_samples, self.seed, self.consumed_samples, self.share = num_samples, seed, consumed_samples, share
 
     def __iter__(self) -> Iterator[list[int]]:
@@ -71,7 +86,8 @@ class TrainOrder:
             while len(pending) < self.share.global_batch_size:
                 epoch += 1
                 pending = np.concatenate([pending, epoch_order(self.num_samples, self.seed, epoch)])
-            yield from self.share.micro_batches(pending[: self.share.global_batch_size])
+            global_batch = pending[: self.share.global_batch_size]
+            yield from self.share.micro_batches(longest_first(global_batch, self.sizes))
             pending = pending[self.share.global_batch_size :]
 
 
@@ -80,17 +96,26 @@ class BlendOrder:
 
     sizes: samples of each dataset; indices run over all of them, one dataset behind the other
     weights: whole numbers, each dataset's share of the stream (blend_counts)
+    text_sizes: for longest_first
 
     Each dataset is an endless stream of its own, one permutation after the other. Which datasets the samples of a
     global batch come from follows from `weights` and how many samples were before it; inside a global batch they are
     shuffled, or a regular pattern would give a rank always the same dataset.
     """
 
-    def __init__(self, sizes: Sequence[int], weights: Sequence[int], seed: int, consumed_samples: int, share: Share):
+    def __init__(
+        self,
+        sizes: Sequence[int],
+        weights: Sequence[int],
+        seed: int,
+        consumed_samples: int,
+        share: Share,
+        text_sizes: Sizes | None = None,
+    ):
         if min(sizes) < 1:
             raise ValueError("no sample to train on")
         self.sizes, self.weights, self.seed = list(sizes), list(weights), seed
-        self.consumed_samples, self.share = consumed_samples, share
+        self.consumed_samples, self.share, self.text_sizes = consumed_samples, share, text_sizes
 
     def __iter__(self) -> Iterator[list[int]]:
         counts = blend_counts(self.weights, self.consumed_samples)
@@ -107,7 +132,8 @@ class BlendOrder:
                 batch.append(starts[dataset] + orders[dataset][1][offset])
                 counts[dataset] += 1
             shuffle = np.random.Generator(np.random.PCG64([self.seed, position, len(self.sizes)]))
-            yield from self.share.micro_batches(shuffle.permutation(np.array(batch)))
+            global_batch = longest_first(shuffle.permutation(np.array(batch)), self.text_sizes)
+            yield from self.share.micro_batches(global_batch)
             position += self.share.global_batch_size
 
 

@@ -123,6 +123,14 @@ class RecordFile:
         except ValueError as error:
             raise UserError(_broken_json(self.where(index), error, "one whole JSON object on each line")) from None
 
+    def sizes(self, indices: np.ndarray) -> np.ndarray:
+        """(N,) bytes from each record to the next one in a JSONL file, which is not read for it; characters in a JSON
+        list."""
+        if self._list is not None:
+            return np.array([len(json.dumps(self._list[index], ensure_ascii=False)) for index in indices.tolist()])
+        ends = np.append(self._offsets[1:], len(self._map))
+        return ends[indices] - self._offsets[indices]
+
     def line(self, index: int) -> bytes:
         """The text of a JSONL file's record, without the line's end."""
         start = int(self._offsets[index])

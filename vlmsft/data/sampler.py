@@ -63,8 +63,8 @@ def with_order(dataloader: Any, seed: int, consumed_samples: int, share: Share) 
 
 def _train_order(dataset: Any, seed: int, consumed_samples: int, share: Share) -> TrainOrder | BlendOrder:
     if isinstance(dataset, Blend) and dataset.weights is not None:
-        return BlendOrder(dataset.sizes, dataset.weights, seed, consumed_samples, share)
-    return TrainOrder(len(dataset), seed, consumed_samples, share)
+        return BlendOrder(dataset.sizes, dataset.weights, seed, consumed_samples, share, dataset.text_sizes)
+    return TrainOrder(len(dataset), seed, consumed_samples, share, dataset.text_sizes)
 
 
 def raise_changes(old: dict[str, Any], new: dict[str, Any], names: dict[str, str] | None = None) -> None:
