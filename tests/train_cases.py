@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -25,6 +26,8 @@ from vlmsft.config_files import sample_set
 TESTS = Path(__file__).parent
 RUNS = Path("runs/demo")
 """Where the demo leaves its runs, from a worker's working directory."""
+TRAINED = "trained "
+"""What a worker's line begins with that says that a training ended."""
 CHECKPOINT_AFTER, KILLED_AFTER = 5, 8
 """What a run that is cut had saved (after a validation) and done, in steps."""
 
@@ -67,13 +70,26 @@ def run_jobs(folder: Path, jobs: list[Job], num_processes: int = 1) -> None:
         )
         for rank in range(num_processes)
     ]
-    try:
-        outputs = [worker.communicate(timeout=900)[0] for worker in workers]
-    finally:
-        for worker in workers:
-            worker.kill()
+    with ThreadPoolExecutor() as pool:
+        try:
+            outputs = list(pool.map(_output, workers, timeout=900))
+        finally:
+            for worker in workers:
+                worker.kill()
     for worker, output in zip(workers, outputs, strict=True):
         assert worker.returncode == 0, output[-6000:]
+
+
+def _output(worker: subprocess.Popen[str]) -> str:
+    """All that it printed; each training's end is passed on when it comes."""
+    assert worker.stdout is not None
+    lines = []
+    for line in worker.stdout:
+        lines.append(line)
+        if line.startswith(TRAINED):
+            print(line, end="", flush=True)
+    worker.wait()
+    return "".join(lines)
 
 
 @dataclass
@@ -195,7 +211,7 @@ def work(jobs_file: str) -> None:
             cut(RUNS / job.cut_from, RUNS / job.name, job.cut_after)
         started = time.monotonic()
         train(overrides)
-        print(f"{job.name}: {time.monotonic() - started:.1f} s", flush=True)
+        print(f"{TRAINED}{job.name}: {time.monotonic() - started:.1f} s", flush=True)
         forget_megatron()
 
 

@@ -5,7 +5,7 @@
 2. Core attention: TEDotProductAttention -> `DenseAttention` below, which adds NeMo's dense bias to the scores.
 3. Text layer spec: Megatron's TransformerEngine spec -> the same spec over the classes of 1 and 2.
 4. Tower width, intermediate layers: read from the config; NeMo's constructor has 1280 and 3, 7, 15, 23, 30 in its code.
-5. dtype: images stay fp32; NeMo's forward casts them to bf16.
+5. dtype: images are cast to params_dtype; NeMo's forward casts them to bf16.
 6. Device: "cuda" is answered with the CPU by vlmsft.runtime.cpu.
 7. torch.compile is off (tests' conftest), so Megatron's compiled activations run as written.
 """
@@ -47,7 +47,8 @@ class DenseAttention(nn.Module):
             scores = scores + torch.full(scores.shape[-2:], -torch.inf).triu(1)
         if attention_bias is not None:
             scores = scores + attention_bias
-        return torch.einsum("bhst,tbhd->sbhd", scores.softmax(-1), value).flatten(2)
+        weights = scores.softmax(-1, dtype=torch.float32).to(value.dtype)  # as TransformerEngine's
+        return torch.einsum("bhst,tbhd->sbhd", weights, value).flatten(2)
 
 
 def text_layer_spec(config) -> ModuleSpec:
@@ -93,7 +94,7 @@ class StockVisionModel(base.CrossAttentionVisionModel):
         self.vision_projection.encoder.skip_bias_add = False
 
     def forward(self, images, aspect_ratio_ids):
-        tokens = self.vision_encoder(images, aspect_ratio_ids)
+        tokens = self.vision_encoder(images.to(self.config.params_dtype), aspect_ratio_ids)
         shape = tokens.shape
         tokens = self.vision_projection(tokens.reshape(-1, *shape[-2:]))
         return tokens.reshape(*shape[:-1], -1)

@@ -10,6 +10,7 @@ import os
 
 import pytest
 import torch
+from bf16_cases import apart, assert_equally_far, outcome, precision
 from mllama_cases import CASES, TILE, inputs_of, make_batch, nemo_inputs, randomise, swap_images
 
 pytestmark = pytest.mark.gpu
@@ -43,10 +44,6 @@ def nccl():
     yield
     parallel_state.destroy_model_parallel()
     torch.distributed.destroy_process_group()
-
-
-def precision(dtype):
-    return {"params_dtype": dtype, "bf16": dtype is torch.bfloat16, "autocast_dtype": dtype}
 
 
 def build_ours(dtype, layers):
@@ -111,11 +108,14 @@ def logits_of(model, batch):
     return model(**inputs_of(on_gpu(batch))).float()
 
 
+def stock_inputs(ours, batch):
+    arguments = nemo_inputs(batch, ours.vision_model.normalise(batch["tiles"].cuda()).cpu())
+    return {name: value.cuda() if isinstance(value, torch.Tensor) else value for name, value in arguments.items()}
+
+
 @torch.no_grad()
 def stock_logits(stock, ours, batch):
-    arguments = nemo_inputs(batch, ours.vision_model.normalise(batch["tiles"].cuda()).cpu())
-    moved = {name: value.cuda() if isinstance(value, torch.Tensor) else value for name, value in arguments.items()}
-    return stock(**moved).float()
+    return stock(**stock_inputs(ours, batch)).float()
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -132,11 +132,29 @@ def test_stock_and_ours_are_equally_far_from_fp32(reference, ours, stock, name):
     assert noise < 2 * of_stock
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_torch_layers_equal_transformer_engines(reference, name):
+@pytest.mark.parametrize("name", ["mixed tile counts", "images in a row"])
+def test_losses_and_gradients_of_stock_and_ours_are_equally_far_from_fp32(reference, ours, stock, name):
+    """Gradients of all weights. As test_bf16.py on a CPU, whose stock model has none of TransformerEngine's layers."""
+    batch = make_batch(CASES[name])
+    labels, inputs = batch["labels"].cuda(), inputs_of(on_gpu(batch))
+    exact = outcome(reference, inputs, labels)
+    of_ours = apart(outcome(ours, inputs, labels), exact)
+    of_stock = apart(outcome(stock, stock_inputs(ours, batch), labels), exact)
+    others = apart(outcome(reference, inputs_of(on_gpu(swap_images(batch))), labels), exact)
+    print({"case": name, "ours": of_ours, "stock": of_stock, "other images": others})
+    assert ours.language_model.decoder.is_lean
+    assert_equally_far(of_stock, of_ours, others)
+
+
+@pytest.fixture(scope="module")
+def portable(reference):
+    return copy_weights(reference, build_ours(torch.float32, "torch"))
+
+
+@pytest.mark.parametrize("name", ["mixed tile counts", "images in a row", "text-only beside images"])
+def test_torch_layers_equal_transformer_engines(reference, portable, name):
     """fp32; TransformerEngine multiplies in TF32, hence the tolerance."""
     batch = make_batch(CASES[name])
-    portable = copy_weights(reference, build_ours(torch.float32, "torch"))
     expected = logits_of(reference, batch)
     difference = (logits_of(portable, batch) - expected).square().mean().sqrt() / expected.std()
     print({"case": name, "relative difference": float(difference)})
