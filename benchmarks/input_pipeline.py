@@ -28,6 +28,7 @@ from __future__ import annotations
 import argparse
 import csv
 import functools
+import itertools
 import json
 import os
 import random
@@ -156,6 +157,7 @@ def main() -> None:
     parser.add_argument("--case-timeout", type=float, default=300, help="seconds after which a case is ended")
     parser.add_argument("--logs", type=Path, help="folder that keeps each case's output")
     parser.add_argument("--table", type=Path, help="print the table of an earlier run's lines instead")
+    parser.add_argument("--padding", action="store_true", help="count padded text tokens only; needs no GPU")
     parser.add_argument("--alone", nargs=2, metavar=("CASE", "FOLDER"), help="measure a loader only, as each case does")
     arguments = parser.parse_args()
     if arguments.alone is not None:
@@ -163,6 +165,10 @@ def main() -> None:
         return
     if arguments.table is not None:
         print(table([json.loads(line) for line in arguments.table.read_text(encoding="utf-8").splitlines()]))
+        return
+    if arguments.padding:
+        with tempfile.TemporaryDirectory() as scratch:
+            print(padding(Path(scratch)))
         return
     scale = ON_GPU if gpu_name() else TRIAL
     steps = arguments.steps or scale.steps
@@ -328,14 +334,21 @@ def write_shards(files: Files) -> None:
     energon.write_metadata(files.shards, {shard.name: shard.num_records for shard in written}, 1)
 
 
-def about(files: Files, count: int) -> dict[str, Any]:
-    """Means over the samples."""
+def text_tokens(files: Files) -> list[int]:
+    """Of each record."""
     from vlmsft.data.encode import SampleEncoder
     from vlmsft.data.records import RecordFile, parse
 
+    encoder, records = SampleEncoder(str(files.processor), 4096), RecordFile(files.records)
+    return [len(encoder.encode_text(parse(records[number]).turns).tokens) for number in range(len(records))]
+
+
+def about(files: Files, count: int) -> dict[str, Any]:
+    """Means over the samples."""
+    from vlmsft.data.encode import SampleEncoder
+
     encoder = SampleEncoder(str(files.processor), 4096)
-    records = RecordFile(files.records)
-    tokens = [len(encoder.encode_text(parse(records[number]).turns).tokens) for number in range(count)]
+    tokens = text_tokens(files)
     tiles, sizes = [], []
     for path in files.images.iterdir():
         sizes.append(path.stat().st_size)
@@ -492,6 +505,29 @@ def batches_of(case: Case, files: Files, pin_memory: bool) -> Iterable[Any]:
     order: Any = TrainOrder(len(dataset), 0, 0, share)
     loading: dict[str, Any] = {"num_workers": case.num_workers, "pin_memory": pin_memory}
     return UserErrorLoader(dataset, mode="train", batch_sampler=order, collate_fn=dataset.collate, **loading)
+
+
+def padding(folder: Path) -> str:
+    """Markdown: text tokens that a GPU computes a sample, padded to its micro batch's longest, over an epoch."""
+    from vlmsft.data.order import Share, TrainOrder
+    from vlmsft.data.records import RecordFile
+
+    files = Files(folder, {})
+    make_processor(files.processor, ON_GPU.tile)
+    write_records(files, ON_GPU.photographs)
+    records, lengths = RecordFile(files.records), np.array(text_tokens(files))
+    lines = [
+        "| global batch | micro batch | text tokens | padded, any order | padded, by length |",
+        "|---|---|---|---|---|",
+    ]
+    for global_batch_size, micro_batch_size in ((32, 4), (32, 8), (128, 4), (128, 8)):
+        cells = [global_batch_size, micro_batch_size, round(lengths.mean())]
+        for sizes in (None, records.sizes):
+            order = TrainOrder(len(records), 0, 0, Share(micro_batch_size, global_batch_size, 0, 1), sizes)
+            batches = itertools.islice(order, 20 * len(records) // micro_batch_size)
+            cells.append(round(np.mean([lengths[batch].max() for batch in batches])))
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines)
 
 
 # --- what it ran on, and the table ------------------------------------------------------------------------------------
