@@ -67,6 +67,7 @@ def memory(cfg: DictConfig) -> MemoryEstimate:
         micro_batch_size=cfg.data.micro_batch_size,
         text_tokens=cfg.data.decoder_seq_length,
         tensor_model_parallel_size=cfg.strategy.tensor_model_parallel_size,
+        sequence_parallel=facts["strategy.sequence_parallel"] is True,
         data_parallel_size=facts.data_parallel_size,
         bf16=str(cfg.precision) != "32",
         lean_forward=facts["model.config.lean_forward"],

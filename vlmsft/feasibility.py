@@ -36,13 +36,18 @@ def untested_parallelism(facts: Facts) -> Iterator[Problem]:
         "expert_model_parallel_size": 1,
         "encoder_pipeline_model_parallel_size": 0,
         "virtual_pipeline_model_parallel_size": None,
-        "sequence_parallel": False,
     }
     for name, only in allowed.items():
         found = facts[f"strategy.{name}"]
         if found not in (only, None):
             remedy = "No test covers it yet: more GPUs go into tensor_model_parallel_size or data parallelism"
             yield Problem(f"strategy.{name}", str(found), "null" if only is None else str(only).lower(), remedy)
+
+
+def sequence_parallel_has_ranks(facts: Facts) -> Iterator[Problem]:
+    if facts["strategy.sequence_parallel"] is True and facts[TENSOR_PARALLEL] == 1:
+        expected = f"false with {TENSOR_PARALLEL} 1: it splits the text over the GPUs that share a layer"
+        yield Problem("strategy.sequence_parallel", "True", expected)
 
 
 def tensor_parallel_divides(facts: Facts) -> Iterator[Problem]:
@@ -173,6 +178,7 @@ def sizes_are_known(facts: Facts) -> bool:
 
 CHECKS: tuple[Callable[[Facts], Iterator[Problem]], ...] = (
     untested_parallelism,
+    sequence_parallel_has_ranks,
     tensor_parallel_divides,
     tensor_parallel_fits_processes,
     batch_divides,

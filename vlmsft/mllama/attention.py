@@ -88,11 +88,11 @@ class CrossPlan:
         return any(run.keys for runs in self.samples for run in runs)
 
     def row_mask(self, like: Tensor) -> Tensor:
-        """(S, B, 1): 1 for rows that see an image, 0 for the others; device, dtype, S and B from `like` (S, B, H).
+        """(S, B, 1): 1 for rows that see an image, 0 for the others; device and dtype from `like`.
 
         Filled slice by slice, since a copy from the host would wait for the GPU's queue.
         """
-        mask = like.new_zeros(like.shape[0], like.shape[1], 1)
+        mask = like.new_zeros(self.samples[0][-1].end_row, len(self.samples), 1)
         for sample, runs in enumerate(self.samples):
             for run in runs:
                 if run.keys:
@@ -171,8 +171,8 @@ def attend(
     return out.permute(2, 0, 1, 3).reshape(num_rows, batch, num_heads * head_dim)
 
 
-def _dropout_per_rank() -> AbstractContextManager:
-    """Dropout that differs between tensor-parallel ranks, as their heads do."""
+def random_per_rank() -> AbstractContextManager:
+    """Dropout that differs between tensor-parallel ranks, as their heads or rows do."""
     tracker = get_cuda_rng_tracker()
     assert tracker is not None  # it is made by the call that returns it
     return tracker.fork()
@@ -195,10 +195,15 @@ class _CoreAttention(nn.Module):
         super().__init__()
         self.scale = softmax_scale
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
+        # with sequence parallelism the whole layer runs in a rank's own random state, and forks don't nest
+        self.forks = not config.sequence_parallel
+
+    def _random_state(self, dropout: float) -> AbstractContextManager:
+        return random_per_rank() if dropout and self.forks else nullcontext()
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, causal: bool = False) -> Tensor:
         dropout = self.dropout if self.training else 0.0
-        with _dropout_per_rank() if dropout else nullcontext():
+        with self._random_state(dropout):
             return attend(query, key, value, causal=causal, scale=self.scale, dropout=dropout)
 
 
@@ -255,7 +260,7 @@ class TowerAttention(_CoreAttention):
         """(images, tokens, heads, D) throughout."""
         dropout = self.dropout if self.training else 0.0
         query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
-        with _dropout_per_rank() if dropout else nullcontext():
+        with self._random_state(dropout):
             out = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, scale=self.scale)
         return out.transpose(1, 2)
 

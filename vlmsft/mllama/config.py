@@ -147,8 +147,9 @@ class MLlamaConfig(MLlamaModelConfig):
     def configure_model(self, tokenizer=None, vp_stage=None):
         """Build the model (an MLlamaBase).
 
-        Raises ValueError for what this model doesn't do (pipeline, context and sequence parallelism, fp8) and for sizes
-        that don't fit each other; vlmsft.checks names the keys before a run comes this far.
+        Raises ValueError for what this model doesn't do (pipeline and context parallelism, fp8, sequence parallelism
+        without tensor parallelism or in the tower) and for sizes that don't fit each other; vlmsft.checks names the
+        keys before a run comes this far.
         """
         from vlmsft.mllama.model import MLlamaBase
 
@@ -161,15 +162,18 @@ class MLlamaConfig(MLlamaModelConfig):
             part.layers = self.layers
             for name in _FOLLOW_TOP:
                 setattr(part, name, getattr(self, name))
+        text.sequence_parallel = self.sequence_parallel  # the tower's images are no multiple of the ranks
         return MLlamaBase(self, tokenizer)
 
     def _unsupported(self) -> list[str]:
         wanted = {
             "pipeline_model_parallel_size": (self.pipeline_model_parallel_size, 1),
             "context_parallel_size": (self.context_parallel_size, 1),
-            "sequence_parallel": (self.sequence_parallel, False),
             "fp8": (self.fp8, None),
+            "vision_model_config.sequence_parallel": (self.vision_model_config.sequence_parallel, False),
         }
+        if self.tensor_model_parallel_size == 1:
+            wanted["sequence_parallel"] = (self.sequence_parallel, False)
         for name in ("language_model_config", "vision_model_config"):
             part = getattr(self, name)
             wanted[f"{name}.cpu_offloading"] = (part.cpu_offloading, False)

@@ -7,7 +7,9 @@ NeMo's stock classes.
 
 from __future__ import annotations
 
+import copy
 import importlib.util
+from collections.abc import Iterable
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -32,7 +34,7 @@ from nemo.collections.vlm.mllama.model.vision import ImageTransformerLayer, Self
 from torch import Tensor, nn
 
 from vlmsft.errors import Problem, UserError, nearest
-from vlmsft.mllama.attention import CausalAttention, CrossAttention, TowerAttention
+from vlmsft.mllama.attention import CausalAttention, CrossAttention, CrossPlan, TowerAttention
 
 CHOICES = ("auto", "transformer_engine", "torch")
 
@@ -64,6 +66,25 @@ def _device(config) -> Any:
     return "cpu" if config.use_cpu_initialization else torch.cuda.current_device()
 
 
+def whole_rows(config: Any) -> Any:
+    """The config of a module that computes all rows on each rank: a copy where sequence parallelism splits others'."""
+    if not config.sequence_parallel:
+        return config
+    config = copy.copy(config)
+    config.sequence_parallel = False
+    return config
+
+
+def _sum_over_ranks(config: Any, parameters: Iterable[Any]) -> None:
+    """Replicated parameters that see their rank's rows only: Megatron adds up the ranks' gradients of what is marked.
+
+    As TransformerEngine marks its norms' itself.
+    """
+    for parameter in parameters:
+        if parameter is not None:
+            parameter.sequence_parallel = config.sequence_parallel
+
+
 def _empty_extra_state(module: nn.Module) -> None:
     """A strict load accepts a state dict without the module's `_extra_state` (Hugging Face's, for one)."""
     module._register_load_state_dict_pre_hook(
@@ -93,6 +114,7 @@ class PortableNorm(nn.Module):
         factory = {"dtype": config.params_dtype, "device": _device(config)}
         self.weight = nn.Parameter(torch.ones(hidden_size, **factory))
         self.bias = nn.Parameter(torch.zeros(hidden_size, **factory)) if self.kind == "LayerNorm" else None
+        _sum_over_ranks(config, (self.weight, self.bias))
         _empty_extra_state(self)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -122,9 +144,13 @@ class PortableNormLinear(ColumnParallelLinear):
         factory = {"dtype": config.params_dtype, "device": _device(config)}
         self.layer_norm_weight = nn.Parameter(torch.ones(input_size, **factory))
         self.layer_norm_bias = nn.Parameter(torch.zeros(input_size, **factory)) if self.kind == "LayerNorm" else None
+        _sum_over_ranks(config, (self.layer_norm_weight, self.layer_norm_bias))
 
     def forward(self, input_: Tensor, weight: Tensor | None = None, runtime_gather_output: bool | None = None):
-        """(S, B, input_size) -> ((S, B, output_size / TP), bias or None); see return_layernorm_output."""
+        """(S, B, input_size) -> ((S, B, output_size / TP), bias or None); see return_layernorm_output.
+
+        With sequence parallelism the input holds the rank's rows, as does the normalised input; the output holds all.
+        """
         normalised = _normalise(input_, self.layer_norm_weight, self.layer_norm_bias, self.eps, self.kind)
         output, bias = super().forward(normalised, weight, runtime_gather_output)
         return ((output, normalised), bias) if self.return_layernorm_output else (output, bias)
@@ -316,6 +342,44 @@ class TowerLayer(ImageTransformerLayer):
         return (_compiled[add] if self.compiled else add)(residual, output, *(x for x in (bias, gate) if x is not None))
 
 
+class CrossLayer(CrossAttentionTransformerLayer):
+    """NeMo's gated cross-attention layer, where the rows that a rank keeps may be fewer than those that attend."""
+
+    def __init__(self, config, *args, **kwargs):
+        super().__init__(config, *args, **kwargs)
+        _sum_over_ranks(config, (self.gate_attn, self.gate_ffn))
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        key_value: tuple[Tensor, Tensor],
+        plan: CrossPlan,
+        row_mask: Tensor,
+        own_row_mask: Tensor,
+    ) -> Tensor:
+        """(S, B, H) -> the same shape; with sequence parallelism (S / TP, B, H), this rank's rows.
+
+        key_value: (N, 1, groups, D) each, of all image tokens, from cross_attention.get_key_value_tensors
+        row_mask: (S, B, 1), CrossPlan.row_mask; own_row_mask: of this rank's rows
+        """
+        attended = self.cross_attention(
+            hidden_states,
+            cross_attention_masks=None,
+            xattn_cache=key_value,
+            full_text_row_masked_out_mask=row_mask,
+            cross_attention_bias=plan,
+        )
+        hidden_states = self._add(self.cross_attn_bda, hidden_states, attended, self.gate_attn.tanh())
+        return self._add(self.mlp_bda, hidden_states, self.mlp(hidden_states), self.gate_ffn.tanh() * own_row_mask)
+
+    def _add(self, bias_dropout_add: Any, residual: Tensor, output_with_bias: Any, gate: Tensor) -> Tensor:
+        gated = tuple(part if part is None else gate * part for part in output_with_bias)
+        with self.bias_dropout_add_exec_handler():
+            return bias_dropout_add(self.training, self.config.bias_dropout_fusion)(
+                gated, residual, self.hidden_dropout
+            )
+
+
 def _spec(module: type, submodules: Any, **params: Any) -> ModuleSpec:
     """A ModuleSpec; Megatron annotates its `submodules` as a class and takes an instance."""
     return ModuleSpec(module=module, params=params, submodules=submodules)
@@ -344,16 +408,26 @@ def text_layer_spec(kit: LayerKit) -> ModuleSpec:
     )
 
 
+def _on_whole_rows(linear: type) -> type:
+    """The column-parallel class for an input that all ranks hold whole, with sequence parallelism too."""
+
+    class WholeRows(linear):
+        def __init__(self, *args, config, **kwargs):
+            super().__init__(*args, config=whole_rows(config), **kwargs)
+
+    return WholeRows
+
+
 def cross_layer_spec(kit: LayerKit) -> ModuleSpec:
     """A gated cross-attention layer of the text decoder."""
     return _spec(
-        CrossAttentionTransformerLayer,
+        CrossLayer,
         TransformerLayerSubmodules(
             cross_attention=_spec(
                 MLlamaCrossAttention,
                 MLlamaCrossAttentionSubmodules(
                     linear_q=kit.norm_column_linear,
-                    linear_kv=kit.column_linear,
+                    linear_kv=_on_whole_rows(kit.column_linear),
                     core_attention=CrossAttention,
                     linear_proj=kit.row_linear,
                     q_layernorm=kit.norm,

@@ -121,7 +121,7 @@ class MLlamaBase(MLlamaBaseModel):
         image_sample, visible_from, visible_until = (tensor.tolist() for tensor in host if tensor is not None)
         return plan_cross_attention(
             num_samples=tokens.shape[0],
-            num_rows=tokens.shape[1],
+            num_rows=self.language_model.num_rows(tokens.shape[1]),
             image_sample=image_sample,
             image_tokens=[count * self.tokens_per_tile for count in counts],
             visible_from=visible_from,

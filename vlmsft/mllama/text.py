@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import cast
 
 import torch
+import torch.nn.functional as F
 from megatron.core import tensor_parallel
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_block import TransformerBlock, TransformerBlockSubmodules
 from nemo.collections.vlm.mllama.model.language import (
     CrossAttentionTransformerBlock,
-    CrossAttentionTransformerLayer,
     DummyCrossAttentionTransformerLayer,
 )
 from torch import Tensor, nn
 
 from vlmsft.mllama import lean
-from vlmsft.mllama.attention import CrossPlan
-from vlmsft.mllama.layers import LayerKit, cross_layer_spec, text_layer_spec
+from vlmsft.mllama.attention import CrossPlan, random_per_rank
+from vlmsft.mllama.layers import CrossLayer, LayerKit, cross_layer_spec, text_layer_spec, whole_rows
 from vlmsft.mllama.recompute import recompute, recomputes
 from vlmsft.mllama.sizes import NUM_EXTRA_EMBEDDINGS
 
@@ -52,13 +53,17 @@ class TextBlock(CrossAttentionTransformerBlock):
     ) -> Tensor:
         """One pass through all layers.
 
-        hidden_states: (S, B, H) text embeddings
+        hidden_states: (S, B, H) text embeddings; with sequence parallelism (S / TP, B, H), this rank's rows
         image_tokens: (N, 1, H) projected tokens of the real tiles of all images; None skips the cross-attention layers,
             which is exact where no row sees an image
         plan: which rows see which of them
-        Returns (S, B, H), normalised.
+        Returns the same shape as hidden_states, normalised.
         """
+        splits = self.config.sequence_parallel
         row_mask = plan.row_mask(hidden_states) if plan is not None and image_tokens is not None else None
+        own_row_mask = row_mask
+        if row_mask is not None and splits:
+            own_row_mask = tensor_parallel.scatter_to_sequence_parallel_region(row_mask)
         cos, sin = lean.rotation(rotary_pos_emb, hidden_states.shape[1])
 
         def run_lean(i: int, hidden_states: Tensor) -> Tensor:
@@ -67,18 +72,17 @@ class TextBlock(CrossAttentionTransformerBlock):
             return lean.self_layer(self.layers[i], hidden_states, cos, sin)
 
         def run_megatron(i: int, hidden_states: Tensor) -> Tensor:
-            if image_tokens is not None and i in self.fusion_schedule:
-                cross_layer = cast(CrossAttentionTransformerLayer, self.xattn_layers[i])
-                hidden_states, _ = cross_layer(
-                    hidden_states=hidden_states,
-                    cross_attention_masks=None,
-                    xattn_cache=cross_layer.cross_attention.get_key_value_tensors(image_tokens),
-                    full_text_row_masked_out_mask=row_mask,
-                    cross_attention_bias=plan,
+            cross_layer = cast(CrossLayer, self.xattn_layers[i]) if i in self.fusion_schedule else None
+            key_value = None
+            if cross_layer is not None and image_tokens is not None:
+                # all ranks hold all image tokens: dropout is the same on each
+                key_value = cross_layer.cross_attention.get_key_value_tensors(image_tokens)
+            with random_per_rank() if splits else nullcontext():
+                if cross_layer is not None and key_value is not None:
+                    hidden_states = cross_layer(hidden_states, key_value, plan, row_mask, own_row_mask)
+                hidden_states, _ = self.layers[i](
+                    hidden_states=hidden_states, attention_mask=None, rotary_pos_emb=rotary_pos_emb
                 )
-            hidden_states, _ = self.layers[i](
-                hidden_states=hidden_states, attention_mask=None, rotary_pos_emb=rotary_pos_emb
-            )
             return hidden_states
 
         run = run_lean if self.is_lean else run_megatron
@@ -93,8 +97,10 @@ class TextModel(GPTModel):
     decoder: TextBlock
 
     def __init__(self, config, kit: LayerKit, vocab_size: int, pre_process: bool = True, post_process: bool = True):
+        # with sequence parallelism all ranks hold all rows here, and a part of them in the block only: special tokens
+        # come from a table of their own, and answers stand anywhere
         super().__init__(
-            config,
+            whole_rows(config),
             # no layers here: the block is replaced below, and building it twice takes twice the memory.
             # GPTModel hands this on to TransformerBlock, which takes both kinds of specs
             transformer_layer_spec=cast(ModuleSpec, TransformerBlockSubmodules(layer_specs=[])),
@@ -112,6 +118,7 @@ class TextModel(GPTModel):
         )
         self.compiled_loss = kit.compiled
         self.decoder = TextBlock(config, kit, pre_process, post_process)
+        self.row_multiple = config.tensor_model_parallel_size if config.sequence_parallel else 1
         self.learnable_embedding = tensor_parallel.VocabParallelEmbedding(
             num_embeddings=NUM_EXTRA_EMBEDDINGS,
             embedding_dim=config.hidden_size,
@@ -119,6 +126,10 @@ class TextModel(GPTModel):
             reduce_scatter_embeddings=False,
             config=config,
         )
+
+    def num_rows(self, length: int) -> int:
+        """Text rows of the decoder for texts of this length: with sequence parallelism each rank has equally many."""
+        return -(-length // self.row_multiple) * self.row_multiple
 
     def embed(self, tokens: Tensor) -> Tensor:
         """(B, S) ids below vocab_size + 8 -> (S, B, H): the last eight come from `learnable_embedding`."""
@@ -139,14 +150,12 @@ class TextModel(GPTModel):
         """Losses (B, S) in fp32 when labels are given, logits (B, S, vocab_size / TP) otherwise.
 
         tokens, labels: (B, S); labels of -100 give a loss of 0
-        image_tokens, plan: as in TextBlock
+        image_tokens, plan: as in TextBlock; the plan covers num_rows(S) rows
         idle_parameters: trainable parameters that this batch leaves out; they get a gradient of zero
         answer_rows: (N,) positions in the flattened (B, S) labels that hold all labels other than -100: logits are
             computed for these only. None computes them for every position
         """
-        hidden_states = touch(self.embed(tokens), idle_parameters or [])
-        rotary_pos_emb = self.rotary_pos_emb(tokens.shape[1])
-        hidden_states = self.decoder(hidden_states, rotary_pos_emb, image_tokens, plan)
+        hidden_states = self._decode(touch(self.embed(tokens), idle_parameters or []), image_tokens, plan)
         if labels is None:
             return self._logits(hidden_states).transpose(0, 1).contiguous()
         if answer_rows is None or len(answer_rows) == 0:  # no answer: all positions, so that every parameter has a part
@@ -154,6 +163,20 @@ class TextModel(GPTModel):
         rows = hidden_states.transpose(0, 1).flatten(0, 1)[answer_rows].unsqueeze(1)
         losses = self._losses(labels.flatten()[answer_rows].unsqueeze(0), rows)
         return losses.new_zeros(labels.numel()).index_copy(0, answer_rows, losses.flatten()).view_as(labels)
+
+    def _decode(self, hidden_states: Tensor, image_tokens: Tensor | None, plan: CrossPlan | None) -> Tensor:
+        """(S, B, H) embeddings -> (S, B, H), through the block."""
+        length = hidden_states.shape[0]
+        rotary_pos_emb = self.rotary_pos_emb(self.num_rows(length))
+        if self.row_multiple == 1:
+            return self.decoder(hidden_states, rotary_pos_emb, image_tokens, plan)
+        # rows of zeros behind the text: no row sees them
+        hidden_states = F.pad(hidden_states, (0, 0, 0, 0, 0, self.num_rows(length) - length))
+        hidden_states = tensor_parallel.scatter_to_sequence_parallel_region(hidden_states)
+        hidden_states = self.decoder(hidden_states, rotary_pos_emb, image_tokens, plan)
+        # the output layer adds up its gradient over the ranks (of answers only): here each takes its rows of the sum
+        whole = tensor_parallel.gather_from_sequence_parallel_region(hidden_states, tensor_parallel_output_grad=False)
+        return whole[:length]
 
     def _logits(self, hidden_states: Tensor) -> Tensor:
         weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
