@@ -118,7 +118,7 @@ def test_everything_at_once(data):
         "data.micro_batch_size=2",
         "strategy.pipeline_model_parallel_size=2",
         "strategy.context_parallel_size=2",
-        "strategy.sequence_parallel=true",
+        "strategy.expert_model_parallel_size=2",
         "trainer.val_check_interval=0.5",
     )
     text = "\n".join(problems)
@@ -129,7 +129,7 @@ def test_everything_at_once(data):
         "data.global_batch_size: found 7, expected a multiple of 2",
         "strategy.pipeline_model_parallel_size: found 2, expected 1. No test covers it yet",
         "strategy.context_parallel_size: found 2, expected 1",
-        "strategy.sequence_parallel: found True, expected false",
+        "strategy.expert_model_parallel_size: found 2, expected 1",
         "trainer.val_check_interval: found 0.5, expected a whole number of steps",
     ):
         assert expected in text

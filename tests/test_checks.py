@@ -39,7 +39,11 @@ CASES = [
     # overrides of experiment=demo, the key that is named, a part of what was expected
     (["strategy.pipeline_model_parallel_size=2"], "strategy.pipeline_model_parallel_size", "1"),
     (["strategy.context_parallel_size=2"], "strategy.context_parallel_size", "1"),
-    (["strategy.sequence_parallel=true"], "strategy.sequence_parallel", "false"),
+    (
+        ["strategy.sequence_parallel=true"],
+        "strategy.sequence_parallel",
+        "false with strategy.tensor_model_parallel_size 1",
+    ),
     (["strategy.expert_model_parallel_size=2"], "strategy.expert_model_parallel_size", "1"),
     (["strategy.encoder_pipeline_model_parallel_size=1"], "strategy.encoder_pipeline_model_parallel_size", "0"),
     (["strategy.virtual_pipeline_model_parallel_size=2"], "strategy.virtual_pipeline_model_parallel_size", "null"),

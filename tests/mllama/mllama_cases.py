@@ -39,6 +39,10 @@ VISION = {
 }
 
 
+TARGETS = ["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2", "linear_q", "linear_kv"]
+"""The text decoder's and the tower's matrices, for LoRA."""
+
+
 @dataclass(frozen=True)
 class Sample:
     """length: unpadded text length; images: (row of the image token, HF's aspect ratio id) in text order."""
@@ -210,6 +214,23 @@ def build(layers: str = "torch", text: dict | None = None, vision: dict | None =
     )
     model.configure_model()
     randomise(model.module, seed)
+    return model
+
+
+def with_lora(targets, **config):
+    """The tiny model with NeMo's LoRA on `targets`; adapters random, since a fresh one adds nothing."""
+    from nemo.collections.vlm.peft import LoRA
+
+    model = build(**config)
+    lora = LoRA(target_modules=targets, dim=4, alpha=8)
+    for p in model.parameters():
+        p.requires_grad_(False)
+    model.walk(lora.transform)
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if ".adapter." in name:
+                p.copy_(0.2 * torch.randn(p.shape, generator=generator))
     return model
 
 

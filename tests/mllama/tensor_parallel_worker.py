@@ -1,7 +1,7 @@
 """One of two tensor-parallel ranks: compares its logits, losses and gradients with those of one process.
 
 Usage: python tensor_parallel_worker.py RANK FOLDER
-FOLDER/expected.pt holds the whole model's state dict, a batch, and what one process computed from them.
+FOLDER/expected.pt holds what one process computed: see test_tensor_parallel.py.
 """
 
 from __future__ import annotations
@@ -9,9 +9,10 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import torch
-from mllama_cases import build, inputs_of
+from mllama_cases import TARGETS, build, inputs_of, with_lora
 
 from vlmsft.runtime import cpu
 
@@ -23,16 +24,42 @@ def shard(name: str, tensor: torch.Tensor, local: torch.Size, rank: int) -> torc
     if tensor.shape == local:
         return tensor
     axis = next(i for i, (whole, part) in enumerate(zip(tensor.shape, local, strict=True)) if whole != part)
-    if name.startswith("language_model.") and "linear_fc1.weight" in name:
+    if name.startswith("language_model.") and ".linear_fc1." in name and not name.endswith("linear_in.weight"):
         return torch.cat([half.chunk(WORLD_SIZE)[rank] for half in tensor.chunk(2)])
     return tensor.chunk(WORLD_SIZE, dim=axis)[rank]
+
+
+def compare(model: Any, state: dict[str, torch.Tensor], expected: dict[str, Any], rank: int) -> None:
+    """One batch through the model, which gets the whole model's parameters `state`."""
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.copy_(shard(name, state[name], p.shape, rank))
+        logits = model(**inputs_of(expected["batch"]))
+    model.zero_grad()
+    losses = model(**inputs_of(expected["batch"], labels=True))
+    losses.sum().backward()
+    # Megatron does this at the end of each step
+    from megatron.core.distributed.finalize_model_grads import _allreduce_non_tensor_model_parallel_grads
+
+    model.ddp_config = SimpleNamespace(use_megatron_fsdp=False)
+    _allreduce_non_tensor_model_parallel_grads([model], model.config)
+
+    torch.testing.assert_close(logits, expected["logits"].chunk(WORLD_SIZE, dim=-1)[rank], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(losses, expected["losses"], atol=1e-5, rtol=1e-5)
+    gradients = expected["gradients"]
+    largest = max(float(g.norm()) for g in gradients.values())
+    assert {name for name, p in model.named_parameters() if p.grad is not None} == set(gradients)
+    for name, p in model.named_parameters():
+        if name in gradients:
+            whole = shard(name, gradients[name], p.shape, rank)
+            difference = float((p.grad - whole).norm()) / max(float(whole.norm()), 1e-6 * largest)
+            assert difference < 1e-4, (name, difference)
 
 
 def main(rank: int, folder: Path) -> None:
     torch._dynamo.config.disable = True
     cpu.activate()
     from megatron.core import parallel_state, tensor_parallel
-    from megatron.core.distributed.finalize_model_grads import _allreduce_non_tensor_model_parallel_grads
 
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=WORLD_SIZE
@@ -41,30 +68,18 @@ def main(rank: int, folder: Path) -> None:
     tensor_parallel.model_parallel_cuda_manual_seed(1234)
 
     expected = torch.load(folder / "expected.pt")
-    model = build(tensor_model_parallel_size=WORLD_SIZE).module
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            p.copy_(shard(name, expected["state"][name], p.shape, rank))
-
-    batch = expected["batch"]
-    with torch.no_grad():
-        logits = model(**inputs_of(batch))
-    losses = model(**inputs_of(batch, labels=True))
-    losses.sum().backward()
-    # Megatron does this at the end of each step
-    model.ddp_config = SimpleNamespace(use_megatron_fsdp=False)
-    _allreduce_non_tensor_model_parallel_grads([model], model.config)
-
-    torch.testing.assert_close(logits, expected["logits"].chunk(WORLD_SIZE, dim=-1)[rank], atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(losses, expected["losses"], atol=1e-5, rtol=1e-5)
-    largest = max(float(g.norm()) for g in expected["gradients"].values())
-    for name, p in model.named_parameters():
-        whole = shard(name, expected["gradients"][name], p.shape, rank)
-        difference = float((p.grad - whole).norm()) / max(float(whole.norm()), 1e-6 * largest)
-        assert difference < 1e-4, (name, difference)
-    # same keys and global shapes as one process; only this rank's part differs
-    shapes = {key: tuple(getattr(value, "global_shape", ())) for key, value in model.sharded_state_dict().items()}
-    assert shapes == expected["global_shapes"]
+    for sequence_parallel in (False, True):
+        parallel = {"tensor_model_parallel_size": WORLD_SIZE, "sequence_parallel": sequence_parallel}
+        for part, model in (("full", build(**parallel)), ("lora", with_lora(TARGETS, **parallel))):
+            for name, computed in expected[part]["batches"].items():
+                try:
+                    compare(model.module, expected[part]["state"], computed, rank)
+                except AssertionError as error:
+                    raise AssertionError(f"{part}, {name}, sequence_parallel={sequence_parallel}: {error}") from error
+            # same keys and global shapes as one process; only this rank's part differs
+            sharded = model.module.sharded_state_dict()
+            shapes = {key: tuple(getattr(value, "global_shape", ())) for key, value in sharded.items()}
+            assert shapes == expected[part]["global_shapes"], part
 
 
 if __name__ == "__main__":

@@ -4,28 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from mllama_cases import CASES, Sample, build, inputs_of, make_batch
+from mllama_cases import CASES, TARGETS, Sample, build, inputs_of, make_batch, with_lora
 
 pytestmark = [pytest.mark.nemo, pytest.mark.usefixtures("megatron")]
-
-TARGETS = ["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2", "linear_q", "linear_kv"]
-
-
-def with_lora(targets, **config):
-    """The tiny model with NeMo's LoRA on `targets`; adapters random, since a fresh one adds nothing."""
-    from nemo.collections.vlm.peft import LoRA
-
-    model = build(**config)
-    lora = LoRA(target_modules=targets, dim=4, alpha=8)
-    for p in model.parameters():
-        p.requires_grad_(False)
-    model.walk(lora.transform)
-    generator = torch.Generator().manual_seed(7)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if ".adapter." in name:
-                p.copy_(0.2 * torch.randn(p.shape, generator=generator))
-    return model
 
 
 def merged(model):

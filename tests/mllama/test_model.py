@@ -197,7 +197,7 @@ class TestConfig:
         with pytest.raises(ValueError) as refused:
             build(pipeline_model_parallel_size=2, context_parallel_size=2, sequence_parallel=True, fp8="hybrid")
         names = [problem.split()[0] for problem in str(refused.value).split("; ")]
-        assert names == ["pipeline_model_parallel_size", "context_parallel_size", "sequence_parallel", "fp8"]
+        assert names == ["pipeline_model_parallel_size", "context_parallel_size", "fp8", "sequence_parallel"]
 
     def test_sizes_that_dont_fit_are_named_together(self):
         with pytest.raises(ValueError) as refused:
