@@ -20,6 +20,7 @@ FULL = ("experiment=llava_instruct_ja", *DATA)
 CASES = [
     # overrides, the key that is named, a part of what was found, a part of what was expected
     ((*DEMO, "strategy.pipeline_model_parallel_size=2"), "strategy.pipeline_model_parallel_size", "2", "1"),
+    ((*DEMO, "strategy.sequence_parallel=true"), "strategy.sequence_parallel", "True", "false with"),
     (
         (*DEMO, "strategy.tensor_model_parallel_size=3", "trainer.devices=3"),
         TP,
@@ -82,6 +83,7 @@ def test_every_check_has_a_case():
         (*LORA, "peft.dim=small"),
         (*LORA, "gpu_memory_gib=null"),
         (*DEMO, "gpu_memory_gib=1"),
+        (*LORA, "strategy.sequence_parallel=true", "strategy.tensor_model_parallel_size=2", "trainer.devices=2"),
         DEMO,
         LORA,
         FULL,
