@@ -166,6 +166,7 @@ class MLlamaConfig(MLlamaModelConfig):
         return MLlamaBase(self, tokenizer)
 
     def _unsupported(self) -> list[str]:
+        assert self.vision_model_config is not None
         wanted = {
             "pipeline_model_parallel_size": (self.pipeline_model_parallel_size, 1),
             "context_parallel_size": (self.context_parallel_size, 1),
