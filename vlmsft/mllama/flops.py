@@ -185,7 +185,7 @@ class _Walk:
         h, f, trains = vision.hidden_size, vision.ffn_size, self.training.tower
         name = "module.vision_model.vision_encoder"
         patch = 3 * vision.patch_size**2
-        needs = self.linear("tiles", "patches", patch * (vision.tokens_per_tile - 1), h, False, trains)
+        needs = self.linear("tiles", f"{name}.conv1._linear", patch * (vision.tokens_per_tile - 1), h, False, trains)
         self._layer = self.tower_forward
         for stack, number in (("transformer", vision.num_layers), ("global_transformer", vision.num_global_layers)):
             for i in range(number):
