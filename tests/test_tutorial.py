@@ -212,6 +212,7 @@ def test_data_values():
 
 OUR_FIELDS = {
     "layers": "which kit of layers: TransformerEngine's or portable ones",
+    "lean_forward": "layers as plain functions, or Megatron's classes",
     "freeze_language_model": "what is trained; NeMo's MLlama has no such switch",
     "freeze_vision_model": "as above",
     "freeze_vision_projection": "as above",

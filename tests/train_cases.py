@@ -6,6 +6,7 @@ import contextlib
 import csv
 import json
 import os
+import random
 import re
 import shutil
 import signal
@@ -72,12 +73,21 @@ def run_jobs(folder: Path, jobs: list[Job], num_processes: int = 1) -> None:
     ]
     with ThreadPoolExecutor() as pool:
         try:
-            outputs = list(pool.map(_output, workers, timeout=900))
+            reading = pool.map(_output, workers)
+            _wait(workers, seconds=900)
         finally:
             for worker in workers:
                 worker.kill()
-    for worker, output in zip(workers, outputs, strict=True):
-        assert worker.returncode == 0, output[-6000:]
+        outputs = list(reading)
+    assert not any(worker.returncode for worker in workers), "\n\n".join(output[-6000:] for output in outputs)
+
+
+def _wait(workers: list[subprocess.Popen[str]], seconds: float) -> None:
+    """Until all have ended, or one has failed, which the others would wait for."""
+    end = time.monotonic() + seconds
+    while (codes := [worker.poll() for worker in workers]) and None in codes and not any(codes):
+        assert time.monotonic() < end, f"not done after {seconds} s"
+        time.sleep(0.2)
 
 
 def _output(worker: subprocess.Popen[str]) -> str:
@@ -171,10 +181,12 @@ def write_sample_shards(folder: Path) -> None:
 
 
 def free_ports(count: int) -> list[int]:
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [server.getsockname()[1] for server in sockets]
-    for server in sockets:
-        server.close()
+    """Below those that the kernel hands out: the trainings need them minutes from now, one after the other."""
+    ports: list[int] = []
+    while len(ports) < count:
+        port = random.randrange(15000, 32000)
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            ports.append(port)
     return ports
 
 
