@@ -12,12 +12,12 @@ import fiddle as fdl
 import lightning.pytorch as pl
 import nemo_run as run
 import torch
+from memory_model import set_recompute
 from nemo.lightning.pytorch.plugins import MegatronDataSampler
 from omegaconf import DictConfig
 from train_gpu_cases import (
     GATE,
     TEXT,
-    TOWER,
     Case,
     Clock,
     Phase,
@@ -207,7 +207,8 @@ class Phases(pl.Callback):
         data: Any = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue] # Lightning sets it
         data.turn_to(self.phase)
         if self.case.system == "vlmsft":
-            set_recompute(pl_module, self.phase.recompute)
+            model = next(module for module in pl_module.modules() if hasattr(module, "vision_model"))
+            set_recompute(model, self.phase.recompute)
         free_memory(self.on_gpu)
         reset_peak(self.on_gpu)
 
@@ -237,16 +238,3 @@ def open_gates(model: torch.nn.Module) -> None:
         for name, parameter in model.named_parameters():
             if name.rsplit(".", 1)[-1] in GATES:
                 parameter.fill_(GATE)
-
-
-def set_recompute(pl_module: Any, parts: tuple[str, ...]) -> None:
-    """On the built model, as recompute_granularity=full in the config of these parts."""
-    model = next(module for module in pl_module.modules() if hasattr(module, "vision_model"))
-    towers = model.vision_model.vision_encoder
-    owners = {
-        TEXT: [model.config.language_model_config, model.language_model.decoder.config],
-        TOWER: [model.config.vision_model_config, towers.config],
-    }
-    for part, configs in owners.items():
-        for config in configs:
-            config.recompute_granularity = "full" if part in parts else None

@@ -83,10 +83,11 @@ class TestChoice:
         with pytest.raises(ValueError, match="lean_forward is true, but PortableNormMLP has a forward hook"):
             model(**inputs_of(make_batch(CASES["one tile"])))
 
-    def test_dropout_needs_megatrons_classes(self):
-        model = build(text={"hidden_dropout": 0.1})
+    @pytest.mark.parametrize(("name", "value"), [("hidden_dropout", 0.1), ("rotary_percent", 0.5)])
+    def test_other_arithmetic_needs_megatrons_classes(self, name, value):
+        model = build(text={name: value})
         model(**inputs_of(make_batch(CASES["one tile"])))
-        assert model.module._megatron_because == "hidden_dropout is 0.1"
+        assert model.module._megatron_because == f"{name} is {value}"
 
 
 def test_each_module_with_weights_is_called():

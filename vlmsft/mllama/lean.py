@@ -91,7 +91,18 @@ def _check_config(config: Any, activation: Callable, normalization: str) -> None
         "activation_func": activation,
         "gated_linear_unit": activation is F.silu,
         "normalization": normalization,
+        # arithmetic that Megatron's classes can do as well
+        "activation_func_clamp_value": None,
+        "apply_query_key_layer_scaling": False,
+        "apply_residual_connection_post_layernorm": False,
+        "fp32_residual_connection": False,
+        "glu_linear_offset": 0.0,
+        "no_rope_freq": None,
+        "rotary_interleaved": False,
+        "softmax_scale": None,
     }
+    if hasattr(config, "rotary_percent"):  # the text decoder's
+        wanted["rotary_percent"] = 1.0
     for name, value in wanted.items():
         if getattr(config, name) != value:
             raise Unsupported(f"{name} is {getattr(config, name)}")
