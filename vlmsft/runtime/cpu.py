@@ -129,7 +129,8 @@ def _patch_torch_cuda() -> None:
 
 def _patch_megatron() -> None:
     from megatron.core import optimizer as megatron_optimizer
-    from megatron.core.optimizer import distrib_optimizer
+    from megatron.core import utils
+    from megatron.core.optimizer import clip_grads, distrib_optimizer, optimizer
     from megatron.core.tensor_parallel import random as megatron_random
     from nemo.lightning.io import pl as nemo_io
 
@@ -138,6 +139,10 @@ def _patch_megatron() -> None:
     megatron_optimizer.Adam = distrib_optimizer.Adam = CpuAdam
     megatron_optimizer.USING_PYTORCH_OPTIMIZER = False
     distrib_optimizer.HAVE_APEX_OR_TE = distrib_optimizer.USING_TE_OPTIMIZER = True
+    # TransformerEngine's and Apex's kernels would take the address of a CPU tensor for one of the GPU
+    clip_grads.multi_tensor_applier = optimizer.multi_tensor_applier = utils.local_multi_tensor_applier
+    clip_grads.multi_tensor_scale_impl = optimizer.multi_tensor_scale_impl = utils.local_multi_tensor_scale
+    clip_grads.l2_norm_impl = utils.local_multi_tensor_l2_norm
     # asserts that CUDA is initialised, then moves tensors between GPUs
     nemo_io._fix_tensors_device = lambda checkpoint: checkpoint
 
