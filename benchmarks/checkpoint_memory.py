@@ -17,11 +17,11 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping
 from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import psutil
+from hardware import processor, versions
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 PACKAGES = ("nemo_toolkit", "megatron-core", "torch", "transformers")
@@ -64,12 +64,11 @@ def main() -> None:
         print(f"\n{weights:.2f} GB of weights; importing NeMo and torch alone takes {imports:.2f} GB\n")
         print("| date | what | hardware | versions | peak memory | per GB of weights | without imports | seconds |")
         print("|---|---|---|---|---|---|---|---|")
-        packages = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
         for name, arguments in runs.items():
             if name.split(",")[0] in parts or name == "import, vlmsft":  # what the exports start from
                 peak, seconds = measure(folder, arguments)
                 numbers = f"{peak:.2f} GB | {peak / weights:.2f} | {(peak - imports) / weights:.2f} | {seconds:.0f}"
-                print(f"| {date.today()} | {name} | {hardware()} | {packages} | {numbers} |", flush=True)
+                print(f"| {date.today()} | {name} | {processor()} | {versions(PACKAGES)} | {numbers} |", flush=True)
         for part, outputs in (("import", ("nemo", "ours")), ("export", ("nemo_exported", "exported"))):
             if part in parts:
                 measure(folder, [__file__, "--worker", f"compare_{part}s", *outputs])
@@ -104,12 +103,6 @@ def tree_bytes(process: psutil.Process) -> int:
             with contextlib.suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
                 total += one.memory_full_info().pss
     return total
-
-
-def hardware() -> str:
-    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    model = next(line.split(":")[1].strip() for line in lines if "model name" in line)
-    return f"{model}, {len(os.sched_getaffinity(0))} cores"
 
 
 # --- in processes of their own ----------------------------------------------------------------------------------------

@@ -20,10 +20,8 @@ from __future__ import annotations
 
 import argparse
 import functools
-import importlib.metadata
 import json
 import multiprocessing
-import os
 import random
 import resource
 import shutil
@@ -34,6 +32,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from hardware import processor, versions
 from PIL import Image
 
 from vlmsft.config_files import sample_set
@@ -95,10 +94,8 @@ def main() -> None:
 
 
 def environment() -> str:
-    model = next((line for line in open("/proc/cpuinfo") if line.startswith("model name")), "model name: ?")  # noqa: SIM115
-    names = ("nemo_toolkit", "megatron-energon", "transformers", "torch", "pillow")
-    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names)
-    return f"{time.strftime('%Y-%m-%d')}, {model.partition(': ')[2].strip()}, {os.cpu_count()} cores; {versions}"
+    packages = ("nemo_toolkit", "megatron-energon", "transformers", "torch", "pillow")
+    return f"{time.strftime('%Y-%m-%d')}, {processor()}; {versions(packages)}"
 
 
 # --- the files --------------------------------------------------------------------------------------------------------

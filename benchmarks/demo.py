@@ -8,17 +8,16 @@ from __future__ import annotations
 
 import csv
 import os
-import platform
 import subprocess
 import sys
 import tempfile
 import time
 from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 
 import matplotlib
 import torch
+from hardware import processor, versions
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -41,8 +40,9 @@ def main() -> None:
         draw(rows, REPOSITORY / "docs" / "demo_loss.svg")
     training = float(rows[-1]["elapsed_seconds"])
     checked = next(line for line in output.splitlines() if line.startswith("training loss"))
-    packages = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
-    cells = (date.today(), " ".join(overrides), hardware(), packages, f"{seconds:.0f} s", f"{training:.0f} s", checked)
+    ran_on = torch.cuda.get_device_name() if torch.cuda.is_available() else processor()
+    times = (f"{seconds:.0f} s", f"{training:.0f} s")
+    cells = (date.today(), " ".join(overrides), ran_on, versions(PACKAGES), *times, checked)
     print("|", " | ".join(map(str, cells)), "|")
 
 
@@ -57,15 +57,6 @@ def draw(rows: list[dict[str, str]], path: Path) -> None:
     axes.set(xlabel="step", ylabel="loss per answer token", yscale="log")
     axes.legend()
     figure.savefig(path, metadata={"Date": None})
-
-
-def hardware() -> str:
-    """The GPU, or else the CPU's model and number of cores."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    models = [line.split(":")[1].strip() for line in lines if "model name" in line]
-    return f"{models[0] if models else platform.processor()}, {len(os.sched_getaffinity(0))} cores"
 
 
 if __name__ == "__main__":

@@ -18,9 +18,10 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import date
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+from hardware import versions
 
 from vlmsft.mllama.memory import memory_estimate
 from vlmsft.mllama.sizes import GIB
@@ -228,7 +229,7 @@ class Trainer:
             "build_gib": self.build_peak_gib,
             **self.estimates(shape),
             "device": torch.cuda.get_device_name() if self.on_gpu else "CPU",
-            "versions": versions(),
+            "versions": versions(PACKAGES),
         }
         for parameter in self.model.parameters():  # what a step that failed has left
             parameter.grad = None
@@ -341,16 +342,6 @@ def used_gib() -> float:
 
     free, total = torch.cuda.mem_get_info()
     return (total - free) / GIB
-
-
-def versions() -> str:
-    found = []
-    for name in PACKAGES:
-        try:
-            found.append(f"{name} {version(name)}")
-        except PackageNotFoundError:
-            continue
-    return ", ".join(found)
 
 
 def describe(result: dict[str, Any]) -> str:
