@@ -14,7 +14,8 @@ after the other, and takes its shapes in turn with one model.
 The time of a step: GPU idle; some optimizer steps, after a few to warm up; GPU idle again; divided by their number. All
 that a training does in between is part of it: taking micro batches, copies, forward, backward, optimizer, metrics.
 The peak is torch.cuda.max_memory_allocated() of a shape; build that of all before the first step. The floor: model
-FLOPs (vlmsft.mllama.flops, LoRA on text) at 798 TFLOP/s, what a large bf16 matrix product reaches on an H100.
+FLOPs (vlmsft.mllama.flops) of what the system trains at 798 TFLOP/s, what a large bf16 matrix product reaches on an
+H100. Speeds are divided by those of systems that train the same: NeMo's recipe is beside vlmsft-tower, not vlmsft.
 
     --cases main|more|all   the table; more shapes, LoRA on the tower, full fine-tuning of text layers; both
     --only NAME[,NAME]      these in this order: nemo, hf, vlmsft, hf-long, vlmsft-shapes, vlmsft-tower, vlmsft-full
@@ -38,10 +39,10 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import date
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from hardware import versions
 from train_gpu_cases import PEAK_TFLOPS, SETS, Case, Phase, compose, small, tflop_per_sample
 
 PACKAGES = ("torch", "transformer_engine", "megatron-core", "nemo_toolkit", "transformers", "peft")
@@ -130,7 +131,7 @@ def run_here(name: str, output: Path) -> None:
     on_gpu = torch.cuda.is_available()
 
     def write(result: dict[str, Any]) -> None:
-        where = {"date": str(date.today()), "device": device_name(on_gpu), "versions": versions()}
+        where = {"date": str(date.today()), "device": device_name(on_gpu), "versions": versions(PACKAGES)}
         with open(output, "a") as lines:
             lines.write(json.dumps({"case": name, **result, **where}) + "\n")
 
@@ -168,16 +169,6 @@ def device_name(on_gpu: bool) -> str:
     import torch
 
     return torch.cuda.get_device_name() if on_gpu else "CPU"
-
-
-def versions() -> str:
-    found = []
-    for name in PACKAGES:
-        try:
-            found.append(f"{name} {version(name)}")
-        except PackageNotFoundError:
-            continue
-    return ", ".join(found)
 
 
 # --- the table --------------------------------------------------------------------------------------------------------
