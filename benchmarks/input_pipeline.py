@@ -42,11 +42,11 @@ import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from hardware import versions
 from PIL import Image
 
 from vlmsft.config_files import sample_set
@@ -444,7 +444,7 @@ def speeds(path: Path) -> dict[str, Any]:
         "longest_wait_seconds": max(waits[-len(warm) :]),
         "first_wait_seconds": waits[0],
         "first_step_seconds": float(rows[0]["step_seconds"]),
-        "peak_memory_gib": median(rows[-1:][0][name] for name in ("peak_memory_gib",)),
+        "peak_memory_gib": median([rows[-1]["peak_memory_gib"]]),
         "is_within_limit": share < LIMIT,
         "rows": [
             {name: row[name] for name in ("step_seconds", "data_wait_fraction", "samples_per_second")} for row in rows
@@ -508,7 +508,8 @@ def batches_of(case: Case, files: Files, pin_memory: bool) -> Iterable[Any]:
 
 
 def padding(folder: Path) -> str:
-    """Markdown: text tokens that a GPU computes a sample, padded to its micro batch's longest, over an epoch."""
+    """Markdown: text tokens that a GPU computes a sample, padded as its micro batch is, over 20 epochs."""
+    from vlmsft.data.collate import padded_length
     from vlmsft.data.order import Share, TrainOrder
     from vlmsft.data.records import RecordFile
 
@@ -525,7 +526,7 @@ def padding(folder: Path) -> str:
         for sizes in (None, records.sizes):
             order = TrainOrder(len(records), 0, 0, Share(micro_batch_size, global_batch_size, 0, 1), sizes)
             batches = itertools.islice(order, 20 * len(records) // micro_batch_size)
-            cells.append(round(np.mean([lengths[batch].max() for batch in batches])))
+            cells.append(round(np.mean([padded_length(int(lengths[batch].max())) for batch in batches])))
         lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)
 
@@ -550,15 +551,8 @@ def machine() -> dict[str, Any]:
         "device": gpu_name() or "CPU (a trial)",
         "cores": len(os.sched_getaffinity(0)),
         "shared_memory_gib": shared and round(shared, 1),
-        "versions": ", ".join(f"{name} {found}" for name in PACKAGES if (found := version_of(name))),
+        "versions": versions(PACKAGES),
     }
-
-
-def version_of(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def table(results: list[dict[str, Any]]) -> str:
