@@ -19,17 +19,18 @@ def epoch_order(num_samples: int, seed: int, epoch: int, dataset: int | None = N
     return np.random.Generator(np.random.PCG64(key)).permutation(num_samples)
 
 
-Sizes = Callable[[np.ndarray], np.ndarray]
+TextSizes = Callable[[np.ndarray], np.ndarray]
 """(N,) sample indices -> (N,) how long their texts are, in any unit."""
 
 
-def longest_first(global_batch: np.ndarray, sizes: Sizes | None) -> np.ndarray:
+def longest_first(global_batch: np.ndarray, text_sizes: TextSizes | None) -> np.ndarray:
     """The same samples with similar lengths side by side: a micro batch is padded to its longest text.
 
-    What a step learns stays the same, since it sums over its samples. The longest ones come first, so that a step that
-    doesn't fit the GPU fails at its beginning and the allocator's first blocks hold what comes later.
+    What a step learns stays the same, since it sums over its answer tokens (calculate_per_token_loss; where it takes
+    the mean of its micro batches' means, tokens of short samples weigh more). The longest ones come first, so that a
+    step that doesn't fit the GPU fails at its beginning and the allocator's first blocks hold what comes later.
     """
-    return global_batch if sizes is None else global_batch[np.argsort(-sizes(global_batch), kind="stable")]
+    return global_batch if text_sizes is None else global_batch[np.argsort(-text_sizes(global_batch), kind="stable")]
 
 
 @dataclass(frozen=True)
@@ -70,14 +71,21 @@ class TrainOrder:
     The stream is one epoch's permutation after the other; global batches are cut from it without regard to epochs, so
     the last batch of an epoch is filled up from the next one and every sample comes exactly once in each epoch. It has
     no length on purpose: Lightning would end an "epoch" in the middle of a step, drop it and forget its validation.
-    sizes: of the texts, for longest_first
+    text_sizes: for longest_first
     """
 
-    def __init__(self, num_samples: int, seed: int, consumed_samples: int, share: Share, sizes: Sizes | None = None):
+    def __init__(
+        self,
+        num_samples: int,
+        seed: int,
+        consumed_samples: int,
+        share: Share,
+        text_sizes: TextSizes | None = None,
+    ):
         if num_samples < 1:
             raise ValueError("no sample to train on")
-        self.sizes = sizes
-        self.num_samples, self.seed, self.consumed_samples, self.share = num_samples, seed, consumed_samples, share
+        self.num_samples, self.seed = num_samples, seed
+        self.consumed_samples, self.share, self.text_sizes = consumed_samples, share, text_sizes
 
     def __iter__(self) -> Iterator[list[int]]:
         epoch, offset = divmod(self.consumed_samples, self.num_samples)
@@ -87,7 +95,7 @@ class TrainOrder:
                 epoch += 1
                 pending = np.concatenate([pending, epoch_order(self.num_samples, self.seed, epoch)])
             global_batch = pending[: self.share.global_batch_size]
-            yield from self.share.micro_batches(longest_first(global_batch, self.sizes))
+            yield from self.share.micro_batches(longest_first(global_batch, self.text_sizes))
             pending = pending[self.share.global_batch_size :]
 
 
@@ -110,7 +118,7 @@ class BlendOrder:
         seed: int,
         consumed_samples: int,
         share: Share,
-        text_sizes: Sizes | None = None,
+        text_sizes: TextSizes | None = None,
     ):
         if min(sizes) < 1:
             raise ValueError("no sample to train on")
