@@ -153,6 +153,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, help="file for the JSON lines, appended to")
     parser.add_argument("--cases", nargs="+", default=["main"], choices=sorted({case.group for case in CASES}))
+    parser.add_argument("--data", choices=("preloaded", "energon"), help="only the cases with it")
     parser.add_argument("--steps", type=int, help=f"of each case; {ON_GPU.steps} if not given")
     parser.add_argument("--case-timeout", type=float, default=300, help="seconds after which a case is ended")
     parser.add_argument("--logs", type=Path, help="folder that keeps each case's output")
@@ -161,8 +162,9 @@ def main() -> None:
     parser.add_argument("--alone", nargs=2, metavar=("CASE", "FOLDER"), help="measure a loader only, as each case does")
     arguments = parser.parse_args()
     if arguments.alone is not None:
-        print(f"alone: {samples_per_second(Case(**json.loads(arguments.alone[0])), arguments.alone[1]):.1f} samples/s")
-        return
+        speed = samples_per_second(Case(**json.loads(arguments.alone[0])), arguments.alone[1])
+        print(f"alone: {speed:.1f} samples/s", flush=True)
+        os._exit(0)  # left to the end of the process, Energon's loader waits five seconds for each of its workers
     if arguments.table is not None:
         print(table([json.loads(line) for line in arguments.table.read_text(encoding="utf-8").splitlines()]))
         return
@@ -175,7 +177,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         files = make_files(Path(scratch), scale)
         results = []
-        for case in (case for case in CASES if case.group in arguments.cases):
+        for case in CASES:
+            if case.group not in arguments.cases or arguments.data not in (None, case.data):
+                continue
             result = {**run(case, scale, files, steps, arguments), **files.about}
             results.append(result)
             print({name: value for name, value in result.items() if name not in ("rows", "command")}, flush=True)
@@ -464,7 +468,7 @@ def loader_alone(case: Case, files: Files) -> float | None:
     """Samples per second, in a process of its own: pinning takes memory of the GPU."""
     command = [sys.executable, __file__, "--alone", json.dumps(asdict(case)), str(files.folder)]
     output, code = output_of(command, files.folder, timeout=90)
-    found = re.search(r"^alone: ([\d.]+)", output, re.MULTILINE)  # Energon's workers print tracebacks when they end
+    found = re.search(r"^alone: ([\d.]+)", output, re.MULTILINE)
     if code != 0 or found is None:  # the training says more
         print(f"the loader alone: exit code {code}: {output[-500:]}", flush=True)
         return None
