@@ -42,13 +42,16 @@ def test_jsonl_keeps_line_numbers_past_blank_lines_and_pickles_as_a_path(tmp_pat
     assert pickle.loads(data)[1] == records[1]
 
 
-def test_sizes_follow_the_texts(tmp_path):
-    texts = ["短い", "もっとずっと長い答えです。" * 9, "中くらいの答え"]
+def test_sizes_are_bytes_in_both_kinds_of_files(tmp_path):
+    texts = ["短い", "もっとずっと長い答えです。" * 9, "half of a pair: \ud83d", "中くらいの答え"]
     records = [{"image": "a.jpg", "conversations": turns("<image>\n何？", text)} for text in texts]
-    listed = tmp_path / "train.json"
-    listed.write_text(json.dumps(records))
-    for path in (write(tmp_path / "train.jsonl", records), listed):
-        assert np.argsort(RecordFile(path).sizes(np.array([2, 1, 0]))).tolist() == [2, 0, 1]
+    lines = [json.dumps(record, ensure_ascii=False).encode(errors="surrogatepass") for record in records]
+    (tmp_path / "train.jsonl").write_bytes(b"\n".join(lines) + b"\n")
+    (tmp_path / "train.json").write_text(json.dumps(records))
+    indices = np.array([3, 1, 0, 2])
+    expected = [len(lines[index]) for index in indices]
+    assert RecordFile(tmp_path / "train.json").sizes(indices).tolist() == expected
+    assert RecordFile(tmp_path / "train.jsonl").sizes(indices).tolist() == [size + 1 for size in expected], "line ends"
 
 
 def test_json_list_names_record_and_id(tmp_path):
