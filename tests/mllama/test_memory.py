@@ -81,7 +81,8 @@ TRANSFORMER_ENGINE_GIB = [
     (FEW, FULL, {}, 2, 256, 2, 68.6),
     (FEW, FULL, IN_TOWER_AGAIN, 4, 256, 2, 56.8),
 ]
-WITHIN = 0.02  # a plan needs 10 %, but a term that is lost or counted twice shows in less
+LEAN_WITHIN = 0.003  # 0.22 % at most; a plan needs 10 %, but a term that is lost or counted twice shows in less
+WITHIN = 0.02
 
 
 def measured_case(text, training, recompute, micro_batch_size, text_tokens, tiles, **options):
@@ -106,7 +107,7 @@ def case_name(case):
 @pytest.mark.parametrize("case", LEAN_GIB, ids=case_name)
 def test_layers_as_functions_against_an_h100(case):
     *shape, gib = case
-    assert measured_case(*shape).training / GIB == pytest.approx(gib, rel=WITHIN)
+    assert measured_case(*shape).training / GIB == pytest.approx(gib, rel=LEAN_WITHIN)
 
 
 @pytest.mark.parametrize("case", TRANSFORMER_ENGINE_GIB, ids=case_name)
