@@ -53,11 +53,7 @@ OVERLAP = (
     "strategy.ddp={{_target_:megatron.core.distributed.DistributedDataParallelConfig,check_for_nan_in_grad:true,"
     "overlap_grad_reduce:true,overlap_param_gather:true,bucket_size:{bucket_size}}}"
 )
-"""NeMo hands it to Megatron as it is, but for use_distributed_optimizer, which follows the optimizer.
-
-For data of which every sample has an image, as here: a rank whose micro batch has none is done with its layers in
-another order, and Megatron reduces them in that order.
-"""
+"""NeMo hands it to Megatron as it is, but for use_distributed_optimizer, which follows the optimizer."""
 COLUMNS = ("samples_per_second", "step_seconds", "tokens_per_second", "tflops_per_second_per_gpu", "mfu")
 
 

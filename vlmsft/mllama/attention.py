@@ -61,9 +61,13 @@ class Run:
 
 @dataclass(frozen=True)
 class CrossPlan:
-    """Cross-attention of a micro batch: for each sample the runs that cover its rows, in order."""
+    """Cross-attention of a micro batch: for each sample the runs that cover its rows, in order.
+
+    is_masked: rows attend, but none of them takes over what it finds (see unseen_plan)
+    """
 
     samples: tuple[tuple[Run, ...], ...]
+    is_masked: bool = False
 
     @functools.cached_property
     def columns(self) -> tuple[tuple[Run, ...], ...] | None:
@@ -95,7 +99,7 @@ class CrossPlan:
         mask = like.new_zeros(self.samples[0][-1].end_row, len(self.samples), 1)
         for sample, runs in enumerate(self.samples):
             for run in runs:
-                if run.keys:
+                if run.keys and not self.is_masked:
                     mask[run.first_row : run.end_row, sample] = 1
         return mask
 
@@ -138,6 +142,11 @@ def plan_cross_attention(
             runs.append(Run(first_row, end_row, _join((first_key[i], first_key[i + 1]) for i in visible)))
         samples.append(tuple(runs))
     return CrossPlan(tuple(samples))
+
+
+def unseen_plan(num_samples: int, num_rows: int, num_tokens: int) -> CrossPlan:
+    """All rows attend to the same image tokens, and stay as they are: nothing but the layers' work is left of it."""
+    return CrossPlan(((Run(0, num_rows, ((0, num_tokens),)),),) * num_samples, is_masked=True)
 
 
 def _join(ranges) -> tuple[tuple[int, int], ...]:

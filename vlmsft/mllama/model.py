@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from vlmsft.data.blend import SET_KEY, SET_NAMES_KEY
 from vlmsft.mllama import lean
-from vlmsft.mllama.attention import CrossPlan, plan_cross_attention
+from vlmsft.mllama.attention import CrossPlan, plan_cross_attention, unseen_plan
 from vlmsft.mllama.config import MLlamaConfig
 from vlmsft.mllama.layers import find_norm_linears, tell_wrapped_norms
+from vlmsft.mllama.vision import CHANNELS
 
 if TYPE_CHECKING:
     from vlmsft.mllama.text import TextModel
@@ -85,16 +86,16 @@ class MLlamaBase(MLlamaBaseModel):
         visible_from, visible_until: (I,) on the host: the text rows [from, until) that see the image
         answer_rows: (N,) on the model's device: see TextModel.forward
         Without images, or where no row sees one, the tower and the cross-attention layers are skipped (they would add
-        exactly nothing) and their trainable parameters get a gradient of zero.
+        exactly nothing) and their trainable parameters get a gradient of zero; see _without_images for the exception.
         """
         self._choose_forward()
         if tiles is None or num_tiles is None or aspect_ratio_ids is None or len(tiles) == 0:
-            return self._text_only(tokens, labels, answer_rows)
+            return self._without_images(tokens, labels, answer_rows)
         counts = num_tiles.tolist()
         self._check_tiles(counts, aspect_ratio_ids.tolist(), len(tiles))
         plan = self._plan(tokens, counts, image_sample, visible_from, visible_until)
         if not plan.sees_images:
-            return self._text_only(tokens, labels, answer_rows)
+            return self._without_images(tokens, labels, answer_rows)
         image_tokens = self.vision_model(tiles, counts, aspect_ratio_ids)
         return self.language_model(tokens, labels, image_tokens, plan, answer_rows=answer_rows)
 
@@ -113,9 +114,23 @@ class MLlamaBase(MLlamaBaseModel):
         if reason:
             tell_wrapped_norms(self._norm_linears)
 
-    def _text_only(self, tokens: Tensor, labels: Tensor | None, answer_rows: Tensor | None) -> Tensor:
-        idle = self._image_parameters()
-        return self.language_model(tokens, labels, idle_parameters=idle, answer_rows=answer_rows)
+    def _without_images(self, tokens: Tensor, labels: Tensor | None, answer_rows: Tensor | None) -> Tensor:
+        """Where ranks communicate layer by layer, a rank without images has to go through the layers as the others do:
+        on a tile that no row sees, whose gradients are all zero."""
+        if not self._communicates_by_layer:
+            idle = self._image_parameters()
+            return self.language_model(tokens, labels, idle_parameters=idle, answer_rows=answer_rows)
+        tile = tokens.new_zeros(1, CHANNELS, self.image_res, self.image_res, dtype=torch.uint8)
+        image_tokens = self.vision_model(tile, [1], torch.tensor([1]), is_seen=False)
+        num_samples, length = tokens.shape
+        plan = unseen_plan(num_samples, self.language_model.num_rows(length), len(image_tokens))
+        return self.language_model(tokens, labels, image_tokens, plan, answer_rows=answer_rows)
+
+    @property
+    def _communicates_by_layer(self) -> bool:
+        """Whether Megatron's DDP sends gradients in the backward pass (NeMo sets no_sync_func for overlap_grad_reduce)
+        or fetches weights in the forward pass (overlap_param_gather hooks every module)."""
+        return self.config.no_sync_func is not None or bool(self._forward_pre_hooks)
 
     def _plan(self, tokens: Tensor, counts: list[int], *host: Tensor | None) -> CrossPlan:
         image_sample, visible_from, visible_until = (tensor.tolist() for tensor in host if tensor is not None)

@@ -104,6 +104,23 @@ class TokenOrder:
         return torch.cat([by_image[i] for i in range(len(self.images))])
 
 
+class FewTokens(TokenOrder):
+    """The first few tokens of an image of one tile, which no text row sees: they pass through all that a seen image's
+    tokens do, and cost next to nothing."""
+
+    def __init__(self, max_tiles: int, num_tokens: int):
+        super().__init__([1], max_tiles, num_tokens)
+
+    def plan(self) -> TowerPlan:
+        return TowerPlan((TowerGroup(0, 1, TOKEN_MULTIPLE),), TOKEN_MULTIPLE)
+
+    def sort(self, x: Tensor) -> Tensor:
+        return super().sort(x)[:TOKEN_MULTIPLE]
+
+    def real(self, x: Tensor) -> Tensor:
+        return x.squeeze(1)
+
+
 class VisionEncoder(MegatronModule):
     """The tower, named as NeMo's VisionEncoder; width, depth, patch size and intermediate layers from the config."""
 
@@ -133,15 +150,18 @@ class VisionEncoder(MegatronModule):
         self.gated_positional_embedding_gate = nn.Parameter(torch.zeros(1))
         self.is_lean = False  # see lean.py; the model decides at each forward
 
-    def forward(self, pixels: Tensor, num_tiles: list[int], aspect_ratio_ids: Tensor) -> Tensor:
+    def forward(self, pixels: Tensor, num_tiles: list[int], aspect_ratio_ids: Tensor, is_seen: bool = True) -> Tensor:
         """Features of the real tiles' tokens.
 
         pixels: (T, 3, H, W) normalised, real tiles only
         num_tiles: real tiles of each of the I images
         aspect_ratio_ids: (I,) on the host
-        Returns (T * (patches + 1), hidden * (1 + intermediate layers)), image by image, tile by tile.
+        is_seen: False for a single tile that no text row sees, of which a few tokens are computed
+        Returns (T * (patches + 1), hidden * (1 + intermediate layers)), image by image, tile by tile; where it is not
+        seen (TOKEN_MULTIPLE, hidden * (1 + intermediate layers)).
         """
-        order = TokenOrder(num_tiles, self.config.vision_max_num_chunks, self.num_patches + 1)
+        max_tiles, num_tokens = self.config.vision_max_num_chunks, self.num_patches + 1
+        order = TokenOrder(num_tiles, max_tiles, num_tokens) if is_seen else FewTokens(max_tiles, num_tokens)
         ids = aspect_ratio_ids[order.images].to(pixels.device, non_blocking=True)
         x = self._embed(self._place(self.conv1(pixels), num_tiles, order), ids)
         x = F.pad(self.ln_pre(x), (0, 0, 0, order.padded_tokens - order.num_tokens))
@@ -215,18 +235,19 @@ class VisionModel(MegatronModule):
         linear.skip_bias_add = False
         self._statistics: tuple[Tensor, Tensor] | None = None
 
-    def forward(self, tiles: Tensor, num_tiles: list[int], aspect_ratio_ids: Tensor) -> Tensor:
+    def forward(self, tiles: Tensor, num_tiles: list[int], aspect_ratio_ids: Tensor, is_seen: bool = True) -> Tensor:
         """Projected tokens of the real tiles.
 
         tiles: (T, 3, H, W) uint8, not normalised, real tiles of the I images one after the other
         num_tiles: real tiles of each image; aspect_ratio_ids: (I,) on the host
-        Returns (T * (patches + 1), 1, text hidden).
+        is_seen: as VisionEncoder's
+        Returns (T * (patches + 1), 1, text hidden); where it is not seen (TOKEN_MULTIPLE, 1, text hidden).
         """
         tower_trains = any(parameter.requires_grad for parameter in self.vision_encoder.parameters())
         if not tower_trains and self.vision_encoder.training:
             self.vision_encoder.eval()  # a frozen tower gives the same features at every step, dropout or not
         with torch.set_grad_enabled(tower_trains and torch.is_grad_enabled()):
-            features = self.vision_encoder(self.normalise(tiles), num_tiles, aspect_ratio_ids)
+            features = self.vision_encoder(self.normalise(tiles), num_tiles, aspect_ratio_ids, is_seen)
         return self.vision_projection(features.unsqueeze(1))
 
     def normalise(self, tiles: Tensor) -> Tensor:
