@@ -6,6 +6,7 @@ FOLDER/expected.pt holds what one process computed: see test_tensor_parallel.py.
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -71,7 +72,11 @@ def main(rank: int, folder: Path) -> None:
     for sequence_parallel in (False, True):
         parallel = {"tensor_model_parallel_size": WORLD_SIZE, "sequence_parallel": sequence_parallel}
         for part, model in (("full", build(**parallel)), ("lora", with_lora(TARGETS, **parallel))):
-            for name, computed in expected[part]["batches"].items():
+            batches = [(name, computed, None) for name, computed in expected[part]["batches"].items()]
+            # overlapped gradients: see test_gradient_order.py
+            batches.append(("text only, overlapped", expected[part]["batches"]["text only"], contextlib.nullcontext))
+            for name, computed, no_sync_func in batches:
+                model.module.config.no_sync_func = no_sync_func
                 try:
                     compare(model.module, expected[part]["state"], computed, rank)
                 except AssertionError as error:
