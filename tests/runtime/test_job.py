@@ -123,6 +123,7 @@ def test_torchrun_worker_killed(started):
     [
         ({0: (1, "02"), 1: (-9, "02"), 2: (-15, "02")}, (1, "SIGKILL")),  # rank 0 fails of it in the same second
         ({0: (143, "03"), 1: (-11, "02")}, (1, "SIGSEGV")),
+        ({0: (1, "03"), 1: (-35, "02")}, (1, "signal 35")),  # real-time, which Python has no name for
         ({0: (-9, "32"), 1: (1, "02"), 2: (-15, "02")}, None),  # by torchrun, which waited for it
         ({}, None),
     ],

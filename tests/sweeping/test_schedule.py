@@ -15,6 +15,7 @@ import pytest
 import sweep_toys
 
 from vlmsft.errors import UserError
+from vlmsft.runtime.processes import processes_with
 from vlmsft.sweeping import local, show
 from vlmsft.sweeping.control import cancel_jobs
 from vlmsft.sweeping.ledger import Ledger
@@ -102,7 +103,7 @@ def test_an_interrupted_launcher_leaves_no_process_and_is_resumed(toys, number, 
     sweep = toys([{"seconds": 60}] * 10)
     launcher = sweep.launch()
     sweep.wait_for_running(8)
-    family = local.processes_of(sweep.run_dirs)
+    family = processes_with(local.RUN_DIR, sweep.run_dirs)
     assert len(family) == 8
     os.kill(launcher.pid, number)
     launcher.join(60)
@@ -153,7 +154,7 @@ def test_a_job_that_is_killed_has_failed(toys):
 def test_what_a_failed_job_leaves_behind_is_killed(toys):
     sweep = toys([{"code": 1, "leaves": True}])
     assert sweep.finish() == 0 and sweep.states() == {"failed": 1}
-    assert not local.processes_of(sweep.run_dirs)
+    assert not processes_with(local.RUN_DIR, sweep.run_dirs)
 
 
 def test_stop_on_failure_starts_nothing_more(toys):
@@ -169,7 +170,7 @@ def test_cancel_by_another_process(toys):
     assert cancel_jobs(sweep.ledger, sweep.ledger.written()) == []
     launcher.join(30)
     assert launcher.exitcode == 0 and sweep.states() == {"cancelled": 4} and sweep.num_starts() == {1: 2, 0: 2}
-    assert not local.processes_of(sweep.run_dirs)
+    assert not processes_with(local.RUN_DIR, sweep.run_dirs)
 
 
 def test_a_sweep_has_one_launcher(toys):

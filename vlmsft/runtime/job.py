@@ -22,7 +22,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -30,7 +30,6 @@ from typing import Any
 
 import fiddle as fdl
 import nemo_run as run
-import psutil
 import yaml
 from nemo_run.config import set_nemorun_home
 from nemo_run.core.serialization.zlib_json import ZlibJSONSerializer
@@ -39,6 +38,7 @@ from torchx.specs.api import AppState, is_terminal
 from vlmsft.errors import USER_ERROR_EXIT_CODE, Problem, UserError, format_problems
 from vlmsft.runtime.logging import CONSOLE_PATH, console, log_path, quiet, rank_from_environment
 from vlmsft.runtime.metrics_rows import FAILURE_FILE
+from vlmsft.runtime.processes import kill_all, processes_with, stop_all
 
 FAILED_EXIT_CODE = 1
 CANCELLED_EXIT_CODE = 128 + signal.SIGTERM
@@ -53,8 +53,7 @@ UNFINISHED_SUFFIX = "-unfinished"
 """NeMo's ModelCheckpoint.UNFINISHED_CHECKPOINT_SUFFIX."""
 POLL_SECONDS = 1.0
 LOCAL_RUN = "VLMSFT_LOCAL_RUN"
-"""The run folder, in the environment of each process of a local job: Megatron's checkpoints have a process of their own
-beside each rank, which for ever outlives a rank that is killed, and has no parent then."""
+"""The run folder, in the environment of each process of a local job (vlmsft.runtime.processes)."""
 DGXCLOUD_SECRET = "DGXCLOUD_CLIENT_SECRET"
 """The environment variable."""
 TASK = "train"
@@ -123,7 +122,7 @@ def _handlers(handle: Callable[[int, FrameType | None], None], *signals: int) ->
 
 
 def _name(number: int) -> str:
-    return "Interrupted" if number == signal.SIGINT else f"Ended by {signal.Signals(number).name}"
+    return "Interrupted" if number == signal.SIGINT else f"Ended by {_signal_name(number)}"
 
 
 def how_to_go_on(job: Job) -> str:
@@ -332,8 +331,8 @@ def _follow_here(job: Job, experiment: run.Experiment) -> int:
         except KeyboardInterrupt:
             _say("stopping after this step (Ctrl-C again: at once) ...")
             with contextlib.suppress(KeyboardInterrupt):  # a second one: at once
-                _stop_here(experiment)
-            _kill(psutil.Process().children(recursive=True))
+                _stop_here(job.run_dir, experiment)
+            kill_all(LOCAL_RUN, [job.run_dir])
             _say(f"{_name(received[0])}: {how_to_go_on(job)}")
             return 128 + received[0]
     if state == AppState.SUCCEEDED:
@@ -352,13 +351,7 @@ def _none_left(run_dir: str) -> Iterator[None]:
         yield
     finally:
         del os.environ[LOCAL_RUN]
-        _kill([process for process in psutil.process_iter() if _belongs_to(process, run_dir)])
-
-
-def _belongs_to(process: psutil.Process, run_dir: str) -> bool:
-    with contextlib.suppress(psutil.Error):
-        return process.pid != os.getpid() and process.environ().get(LOCAL_RUN) == run_dir
-    return False
+        kill_all(LOCAL_RUN, [run_dir])
 
 
 def _follow_there(job: Job, experiment: run.Experiment) -> int:
@@ -395,42 +388,11 @@ def _state(experiment: run.Experiment) -> AppState:
     return status[TASK]["status"]  # type: ignore[return-value]
 
 
-def _stop_here(experiment: run.Experiment) -> None:
-    workers = psutil.Process().children()
-    if workers:
-        stop(workers, STOP_SECONDS)
+def _stop_here(run_dir: str, experiment: run.Experiment) -> None:
+    if processes_with(LOCAL_RUN, [run_dir]):
+        stop_all(LOCAL_RUN, [run_dir], STOP_SECONDS)
     else:  # a container, which is Docker's child
         experiment.cancel(TASK)
-
-
-def stop(processes: Sequence[psutil.Process], seconds: float) -> None:
-    """SIGTERM to the workers of local jobs, which save a checkpoint and end; then wait for all of the family.
-
-    Not to torchrun: it would kill its workers after 30 s, whether they have saved or not.
-
-    processes: torchrun, or a job's only worker
-    seconds: before what is still alive is killed
-    """
-    family = [child for process in processes for child in (process, *process.children(recursive=True))]
-    for worker in [worker for process in processes for worker in _workers(process)]:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            worker.terminate()
-    _, alive = psutil.wait_procs(family, timeout=seconds)
-    _kill(alive)
-
-
-def _workers(process: psutil.Process) -> list[psutil.Process]:
-    with contextlib.suppress(psutil.NoSuchProcess):
-        if any(os.path.basename(word) == "torchrun" for word in process.cmdline()[:2]):
-            return process.children() or [process]
-    return [process]
-
-
-def _kill(processes: Sequence[psutil.Process]) -> None:
-    for process in processes:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.kill()
-    psutil.wait_procs(processes, timeout=10)
 
 
 _RANK_IN_REPORT = re.compile(
@@ -452,7 +414,15 @@ def killed_rank(experiment_dir: str) -> tuple[int, str] | None:
         return None
     # times are of whole seconds: in the same one, torchrun's SIGTERM came last, and errors of others before it
     _, code, rank = min(failures, key=lambda failure: (failure[0], failure[1] == -signal.SIGTERM, failure[1] > 0))
-    return (rank, signal.Signals(-code).name) if code < 0 else None
+    return (rank, _signal_name(-code)) if code < 0 else None
+
+
+def _signal_name(number: int) -> str:
+    """SIGKILL, ...; real-time signals have none."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
 
 
 def explain_kill(job: Job, experiment_dir: str, rank: int, signal_name: str) -> int:
