@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
-from typing import cast
+from functools import partial
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +23,19 @@ from vlmsft.mllama.attention import CrossPlan, random_per_rank
 from vlmsft.mllama.layers import CrossLayer, LayerKit, cross_layer_spec, text_layer_spec, whole_rows
 from vlmsft.mllama.recompute import recompute, recomputes
 from vlmsft.mllama.sizes import NUM_EXTRA_EMBEDDINGS
+
+
+class SeenImages(NamedTuple):
+    """What the cross-attention layers see.
+
+    tokens: (N, 1, H), of all images; plan: which rows see which of them
+    row_mask: (S, B, 1), 1 for rows that see an image; own_row_mask: of this rank's rows
+    """
+
+    tokens: Tensor
+    plan: CrossPlan
+    row_mask: Tensor
+    own_row_mask: Tensor
 
 
 class TextBlock(CrossAttentionTransformerBlock):
@@ -59,36 +73,44 @@ class TextBlock(CrossAttentionTransformerBlock):
         plan: which rows see which of them
         Returns the same shape as hidden_states, normalised.
         """
-        splits = self.config.sequence_parallel
-        row_mask = plan.row_mask(hidden_states) if plan is not None and image_tokens is not None else None
-        own_row_mask = row_mask
-        if row_mask is not None and splits:
-            own_row_mask = tensor_parallel.scatter_to_sequence_parallel_region(row_mask)
-        cos, sin = lean.rotation(rotary_pos_emb, hidden_states.shape[1])
-
-        def run_lean(i: int, hidden_states: Tensor) -> Tensor:
-            if image_tokens is not None and plan is not None and row_mask is not None and i in self.fusion_schedule:
-                hidden_states = lean.cross_layer(self.xattn_layers[i], hidden_states, image_tokens, plan, row_mask)
-            return lean.self_layer(self.layers[i], hidden_states, cos, sin)
-
-        def run_megatron(i: int, hidden_states: Tensor) -> Tensor:
-            cross_layer = cast(CrossLayer, self.xattn_layers[i]) if i in self.fusion_schedule else None
-            key_value = None
-            if cross_layer is not None and image_tokens is not None:
-                # all ranks hold all image tokens: dropout is the same on each
-                key_value = cross_layer.cross_attention.get_key_value_tensors(image_tokens)
-            with random_per_rank() if splits else nullcontext():
-                if cross_layer is not None and key_value is not None:
-                    hidden_states = cross_layer(hidden_states, key_value, plan, row_mask, own_row_mask)
-                hidden_states, _ = self.layers[i](
-                    hidden_states=hidden_states, attention_mask=None, rotary_pos_emb=rotary_pos_emb
-                )
-            return hidden_states
-
-        run = run_lean if self.is_lean else run_megatron
+        images = self._images(hidden_states, image_tokens, plan)
+        if self.is_lean:
+            run = partial(self._lean_layer, images, *lean.rotation(rotary_pos_emb, hidden_states.shape[1]))
+        else:
+            run = partial(self._megatron_layer, images, rotary_pos_emb)
         for i in range(len(self.layers)):
             hidden_states = recompute(run, i, hidden_states) if recomputes(self.config) else run(i, hidden_states)
         return self.final_layernorm(hidden_states)
+
+    def _images(self, hidden_states: Tensor, tokens: Tensor | None, plan: CrossPlan | None) -> SeenImages | None:
+        if tokens is None or plan is None:
+            return None
+        row_mask = own_row_mask = plan.row_mask(hidden_states)
+        if self.config.sequence_parallel:
+            own_row_mask = tensor_parallel.scatter_to_sequence_parallel_region(row_mask)
+        return SeenImages(tokens, plan, row_mask, own_row_mask)
+
+    def _lean_layer(self, images: SeenImages | None, cos: Tensor, sin: Tensor, i: int, hidden_states: Tensor) -> Tensor:
+        if images is not None and i in self.fusion_schedule:
+            hidden_states = lean.cross_layer(
+                self.xattn_layers[i], hidden_states, images.tokens, images.plan, images.row_mask
+            )
+        return lean.self_layer(self.layers[i], hidden_states, cos, sin)
+
+    def _megatron_layer(
+        self, images: SeenImages | None, rotary_pos_emb: Tensor, i: int, hidden_states: Tensor
+    ) -> Tensor:
+        cross_layer, key_value = cast(CrossLayer, self.xattn_layers[i]), None
+        if images is not None and i in self.fusion_schedule:
+            # all ranks hold all image tokens: dropout is the same on each
+            key_value = cross_layer.cross_attention.get_key_value_tensors(images.tokens)
+        with random_per_rank() if self.config.sequence_parallel else nullcontext():
+            if images is not None and key_value is not None:
+                hidden_states = cross_layer(hidden_states, key_value, images.plan, images.row_mask, images.own_row_mask)
+            hidden_states, _ = self.layers[i](
+                hidden_states=hidden_states, attention_mask=None, rotary_pos_emb=rotary_pos_emb
+            )
+        return hidden_states
 
 
 class TextModel(GPTModel):
