@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
+import random
 
 import pytest
 import torch
 from mllama_cases import CASES, build, inputs_of, make_batch
 from test_lora import TARGETS, with_lora
 
-from vlmsft.mllama.attention import Run, plan_cross_attention
+from vlmsft.mllama.attention import Run, attend, attend_runs, plan_cross_attention
 
 pytestmark = [pytest.mark.nemo, pytest.mark.usefixtures("megatron")]
 
@@ -115,9 +116,59 @@ class TestColumns:
         columns = self.plan(2, [1], [4], [2], [9]).columns
         assert columns == ((Run(0, 2, ()),) * 2, (Run(2, 10, ()), Run(2, 10, ((0, 4),))))
 
-    def test_none_where_cuts_would_make_more_calls(self):
-        plan = self.plan(3, [0, 1, 2], [4, 4, 4], [1, 3, 5], [9, 9, 9])
-        assert plan.columns is not None
-        assert self.plan(1, [0, 0], [4, 4], [1, 3], [3, 9]).columns is not None
-        many = plan_cross_attention(2, 40, [0, 0, 0, 1, 1, 1], [4] * 6, [1, 5, 9, 3, 7, 11], [5, 9, 20, 7, 11, 20])
-        assert many.columns is not None and len(many.columns) == 7
+    def test_never_more_calls_than_runs(self):
+        """Random plans, of which many have no columns and many do."""
+        numbers, with_columns = random.Random(0), 0
+        for _ in range(200):
+            plan = random_plan(numbers)
+            calls = []
+
+            def attend_all(query, key, value, calls=calls):
+                calls.append(key.shape[0])
+                return query.flatten(2)
+
+            attend_runs(
+                torch.zeros(40, len(plan.samples), 1, 1),
+                torch.zeros(99, 1, 1, 1),
+                torch.zeros(99, 1, 1, 1),
+                plan,
+                attend_all,
+            )
+            assert len(calls) <= sum(bool(run.keys) for runs in plan.samples for run in runs)
+            with_columns += plan.columns is not None
+        assert 20 < with_columns < 180
+
+    def test_with_and_without_columns_the_same(self):
+        """Each row sees the tokens that the plan says; rows behind the last image are not looked at."""
+        numbers, kinds = random.Random(1), set()
+        for _ in range(40):
+            plan = random_plan(numbers)
+            kinds.add(plan.columns is None)
+            query, key, value = (
+                torch.randn(40, len(plan.samples), 4, 8),
+                torch.randn(99, 1, 2, 8),
+                torch.randn(99, 1, 2, 8),
+            )
+            found = attend_runs(query, key, value, plan)
+            for b, runs in enumerate(plan.samples):
+                for run in runs:
+                    if not run.keys:
+                        continue
+                    seen = [token for first, end in run.keys for token in range(first, end)]
+                    rows = slice(run.first_row, run.end_row)
+                    expected = attend(query[rows, b : b + 1], key[seen], value[seen])
+                    assert torch.allclose(found[rows, b : b + 1], expected, atol=1e-5)
+        assert kinds == {True, False}
+
+
+def random_plan(numbers):
+    """One to eight samples of up to 40 rows with up to three images of 1 to 4 tokens each, one after the other."""
+    sample, tokens, first, last = [], [], [], []
+    num_samples = numbers.randint(1, 8)
+    for b in range(num_samples):
+        rows = sorted(numbers.sample(range(30), numbers.randint(1, 3)))
+        sample += [b] * len(rows)
+        tokens += [numbers.randint(1, 4) for _ in rows]
+        first += rows
+        last += [*rows[1:], numbers.randint(31, 40)]
+    return plan_cross_attention(num_samples, 40, sample, tokens, first, last)

@@ -73,18 +73,20 @@ class CrossPlan:
     def columns(self) -> tuple[tuple[Run, ...], ...] | None:
         """All samples' runs cut at the same rows: for each such range of rows one run of each sample.
 
-        None where that would make more attention calls than there are runs. Most micro batches have two columns: a
-        chat's image stands at its beginning. Rows behind a sample's last image are padding, which no one reads: they
-        count as seeing it, so that samples of different length share their columns.
+        None where that would make more attention calls (one for each number of keys in a column) than there are runs.
+        Most micro batches have two columns: a chat's image stands at its beginning. Rows behind a sample's last image
+        are padding, which no one reads: they count as seeing it, so that samples of different length share their
+        columns.
         """
         samples = [_without_end(runs) for runs in self.samples]
         edges = sorted({row for runs in samples for run in runs for row in (run.first_row, run.end_row)})
-        if len(edges) - 1 > sum(len(runs) for runs in samples):
-            return None
-        return tuple(
+        columns = tuple(
             tuple(next(Run(first, end, run.keys) for run in runs if run.end_row >= end) for runs in samples)
             for first, end in itertools.pairwise(edges)
         )
+        num_calls = sum(num_keys > 0 for column in columns for num_keys in _alike(column))
+        num_runs = sum(bool(run.keys) for runs in self.samples for run in runs)
+        return columns if num_calls <= num_runs else None
 
     @property
     def sees_images(self) -> bool:
@@ -207,6 +209,22 @@ class _CoreAttention(nn.Module):
         # with sequence parallelism the whole layer runs in a rank's own random state, and forks don't nest
         self.forks = not config.sequence_parallel
 
+    def forward(
+        self,
+        query,
+        key,
+        value,
+        attention_mask=None,
+        attn_mask_type=None,
+        attention_bias: Any = None,
+        packed_seq_params=None,
+    ) -> Tensor:
+        """Megatron's arguments; attention_bias: the plan of what sees what, where the class needs one."""
+        return self._compute(query, key, value, attention_bias)
+
+    def _compute(self, query: Tensor, key: Tensor, value: Tensor, plan: Any) -> Tensor:
+        raise NotImplementedError
+
     def _random_state(self, dropout: float) -> AbstractContextManager:
         return random_per_rank() if dropout and self.forks else nullcontext()
 
@@ -219,16 +237,7 @@ class _CoreAttention(nn.Module):
 class CausalAttention(_CoreAttention):
     """Text self-attention. Padding needs no mask: it stands behind the text, so no real row sees it."""
 
-    def forward(
-        self,
-        query,
-        key,
-        value,
-        attention_mask=None,
-        attn_mask_type=None,
-        attention_bias: Any = None,
-        packed_seq_params=None,
-    ) -> Tensor:
+    def _compute(self, query: Tensor, key: Tensor, value: Tensor, plan: None) -> Tensor:
         """query (S, B, heads, D), key and value (S, B, groups, D) -> (S, B, heads * D)."""
         return self._attend(query, key, value, causal=True)
 
@@ -240,20 +249,11 @@ class TowerAttention(_CoreAttention):
     memory and what the attention kernel writes needs no transposition.
     """
 
-    def forward(
-        self,
-        query,
-        key,
-        value,
-        attention_mask=None,
-        attn_mask_type=None,
-        attention_bias: Any = None,
-        packed_seq_params=None,
-    ) -> Tensor:
-        """query, key, value (images * tokens, 1, heads, D), attention_bias a TowerPlan -> (..., 1, heads * D)."""
-        shape = (-1, attention_bias.num_tokens, *query.shape[2:])
+    def _compute(self, query: Tensor, key: Tensor, value: Tensor, plan: TowerPlan) -> Tensor:
+        """query, key, value (images * tokens, 1, heads, D) -> (images * tokens, 1, heads * D)."""
+        shape = (-1, plan.num_tokens, *query.shape[2:])
         query, key, value = (tensor.view(shape) for tensor in (query, key, value))
-        parts = [self._group(query, key, value, group) for group in attention_bias.groups]
+        parts = [self._group(query, key, value, group) for group in plan.groups]
         return _joined(parts, 0).flatten(0, 1).flatten(1).unsqueeze(1)
 
     def _group(self, query: Tensor, key: Tensor, value: Tensor, group: TowerGroup) -> Tensor:
@@ -277,18 +277,9 @@ class TowerAttention(_CoreAttention):
 class CrossAttention(_CoreAttention):
     """Text rows attend to the real tokens of the images they see."""
 
-    def forward(
-        self,
-        query,
-        key,
-        value,
-        attention_mask=None,
-        attn_mask_type=None,
-        attention_bias: Any = None,
-        packed_seq_params=None,
-    ) -> Tensor:
-        """query (S, B, heads, D), key and value (N, 1, groups, D), attention_bias a CrossPlan -> (S, B, heads * D)."""
-        return attend_runs(query, key, value, attention_bias, self._attend)
+    def _compute(self, query: Tensor, key: Tensor, value: Tensor, plan: CrossPlan) -> Tensor:
+        """query (S, B, heads, D), key and value (N, 1, groups, D) -> (S, B, heads * D)."""
+        return attend_runs(query, key, value, plan, self._attend)
 
 
 def attend_runs(
