@@ -218,20 +218,24 @@ def build(layers: str = "torch", text: dict | None = None, vision: dict | None =
 
 
 def with_lora(targets, **config):
-    """The tiny model with NeMo's LoRA on `targets`; adapters random, since a fresh one adds nothing."""
+    """The tiny model with NeMo's LoRA on `targets`."""
     from nemo.collections.vlm.peft import LoRA
 
     model = build(**config)
-    lora = LoRA(target_modules=targets, dim=4, alpha=8)
+    add_adapters(model, LoRA(target_modules=targets, dim=4, alpha=8))
+    return model
+
+
+def add_adapters(model, peft):
+    """NeMo's PEFT on a built model, of which nothing else trains; random, since fresh adapters add nothing."""
     for p in model.parameters():
         p.requires_grad_(False)
-    model.walk(lora.transform)
+    model.walk(peft.transform)
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for name, p in model.named_parameters():
             if ".adapter." in name:
                 p.copy_(0.2 * torch.randn(p.shape, generator=generator))
-    return model
 
 
 def hf_config():

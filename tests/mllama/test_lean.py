@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
+import logging
 import random
 
 import pytest
 import torch
-from mllama_cases import CASES, build, inputs_of, make_batch
-from test_lora import TARGETS, with_lora
+from mllama_cases import CASES, TARGETS, add_adapters, build, inputs_of, make_batch, with_lora
 
+from vlmsft.errors import UserError
 from vlmsft.mllama.attention import Run, attend, attend_runs, plan_cross_attention
 
 pytestmark = [pytest.mark.nemo, pytest.mark.usefixtures("megatron")]
@@ -64,31 +65,81 @@ def test_compiled_once_for_any_number_of_rows(model, monkeypatch):
     assert not counters["graph_break"]
 
 
+def test_whatever_the_layout_that_the_attention_kernel_writes(monkeypatch):
+    """torch's kernels differ: some keep the query's, others write sample by sample."""
+    from torch.nn import functional
+
+    model, batch, kernel = build(), make_batch(CASES["mixed tile counts"]), functional.scaled_dot_product_attention
+    expected = losses_and_gradients(model, batch, True)
+
+    def by_sample(*args, **kwargs):
+        return kernel(*args, **kwargs).transpose(1, 2).contiguous().transpose(1, 2)
+
+    monkeypatch.setattr(functional, "scaled_dot_product_attention", by_sample)
+    assert_same(losses_and_gradients(model, batch, True), expected)
+
+
 class TestChoice:
-    def test_a_hook_is_not_passed_over(self):
+    @pytest.mark.parametrize("register", ["register_forward_pre_hook", "register_full_backward_hook"])
+    def test_a_hook_is_not_passed_over(self, register):
         model, called = build(), []
-        batch = inputs_of(make_batch(CASES["one tile"]))
-        expected = model(**batch)
+        batch = make_batch(CASES["one tile"])
+        expected = losses_and_gradients(model, batch, None)
         linear = model.module.language_model.decoder.layers[0].mlp.linear_fc2
-        handle = linear.register_forward_pre_hook(lambda *_: called.append(1))
-        assert torch.allclose(model(**batch), expected, atol=1e-5)
+        handle = getattr(linear, register)(lambda *_: called.append(1))
+        assert_same(losses_and_gradients(model, batch, None), expected)
         assert called
         handle.remove()
-        model(**batch)
+        losses_and_gradients(model, batch, None)
         assert len(called) == 1
+
+    @pytest.mark.parametrize(
+        ("name", "targets", "reason"),
+        [
+            ("DoRA", TARGETS, "DoRALinear is no LoRALinear"),
+            ("CanonicalLoRA", ["linear_q", "linear_k", "linear_v"], "LoRALinearSplitQKV is no LoRALinear"),
+        ],
+    )
+    def test_other_adapters_need_megatrons_classes(self, name, targets, reason):
+        """Also where they come after a forward pass."""
+        from nemo.collections.llm import peft
+
+        model, batch = build(), make_batch(CASES["one tile"])
+        model(**inputs_of(batch))
+        add_adapters(model, getattr(peft, name)(target_modules=targets, dim=4, alpha=8))
+        found = losses_and_gradients(model, batch, None)
+        assert model.module.megatron_because() == reason
+        assert_same(found, losses_and_gradients(model, batch, False))
 
     def test_wanted_and_not_possible(self):
         model = build()
         model.module.config.lean_forward = True
         model.module.language_model.decoder.layers[0].mlp.register_forward_hook(lambda *_: None)
-        with pytest.raises(ValueError, match="lean_forward is true, but PortableNormMLP has a forward hook"):
+        with pytest.raises(UserError) as caught:
             model(**inputs_of(make_batch(CASES["one tile"])))
+        (problem,) = caught.value.problems
+        assert problem.where == "model.config.lean_forward"
+        assert problem.expected == "null or false where PortableNormMLP has a forward hook"
 
-    @pytest.mark.parametrize(("name", "value"), [("hidden_dropout", 0.1), ("rotary_percent", 0.5)])
+    @pytest.mark.parametrize(
+        ("name", "value"), [("hidden_dropout", 0.1), ("rotary_percent", 0.5), ("recompute_granularity", "selective")]
+    )
     def test_other_arithmetic_needs_megatrons_classes(self, name, value):
         model = build(text={name: value})
-        model(**inputs_of(make_batch(CASES["one tile"])))
-        assert model.module._megatron_because == f"{name} is {value}"
+        assert model.module.megatron_because() == f"{name} is {value}"
+
+    def test_a_change_is_said(self, caplog):
+        model, batch = build(), inputs_of(make_batch(CASES["one tile"]))
+        caplog.clear()
+        with caplog.at_level(logging.INFO, logger="vlmsft.mllama.model"):
+            model(**batch)
+            assert not caplog.messages
+            model.module.config.lean_forward = False
+            model(**batch)
+            model.module.config.lean_forward = None
+            model(**batch)
+        reasons = ["Megatron's classes: lean_forward is false", "plain functions"]
+        assert caplog.messages == [f"from now on layers run as {reason}" for reason in reasons]
 
 
 def test_each_module_with_weights_is_called():

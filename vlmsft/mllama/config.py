@@ -116,7 +116,7 @@ class MLlamaConfig(MLlamaModelConfig):
 
     layers: transformer_engine, torch, or auto (TransformerEngine with a CUDA GPU, torch elsewhere)
     lean_forward: layers as plain functions (vlmsft.mllama.lean) rather than through Megatron's classes; None: wherever
-        nothing needs these. True where something does: forward raises ValueError with the reason
+        nothing needs these. True where something does: forward raises UserError with the reason
     freeze_language_model, freeze_vision_model, freeze_vision_projection: no gradients for the text decoder
         (cross-attention included), the tower, the projector
     gate_init: what a fresh model's gates hold. Meta's 0 lets a finished text model learn to see without forgetting; a

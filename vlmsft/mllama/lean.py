@@ -5,8 +5,8 @@ times what a GPU needs for it at small micro batches. Here a layer is what stand
 and what stands behind it; the first and the last go through torch.compile on a GPU. The modules keep the parameters, so
 that checkpoints, LoRA, Megatron's DDP and its optimizer see no difference.
 
-Where something needs Megatron's own forward (tensor parallelism, dropout, hooks on a module), Checked.why_not says
-what.
+Where something needs Megatron's own forward (tensor parallelism, dropout, hooks on a module, an adapter that is no
+LoRA), Checked.why_not says what.
 """
 
 from __future__ import annotations
@@ -18,9 +18,12 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state
+from nemo.collections.llm.peft.lora import LoRALinear
+from nemo.collections.llm.peft.utils import ParallelLinearAdapter
 from torch import Tensor, nn
 
 from vlmsft.mllama.attention import CrossPlan, TowerPlan, attend, attend_runs
+from vlmsft.mllama.plain_values import PLAIN_VALUES
 
 
 class Linear(NamedTuple):
@@ -52,31 +55,53 @@ class Unsupported(Exception):
 
 
 class Checked:
-    """What of a built model (an MLlamaBase, with its adapters) needs a look before each forward."""
+    """What of a built model (an MLlamaBase) needs a look before each forward: adapters and hooks come and go."""
 
     def __init__(self, model: Any):
-        self.modules = [module for layer in _layers(model) for module in layer.modules()]
-        self.refused = _refused(model, self.modules)
+        decoder, tower = model.language_model.decoder, model.vision_model.vision_encoder
+        self._stacks = (decoder.layers, decoder.xattn_layers, tower.transformer.layers, tower.global_transformer.layers)
+        self._config = model.config
+        self._modules: list[nn.Module] = []
+        self._refused: str | None = None
 
     def why_not(self) -> str | None:
         """What needs Megatron's forward; None where the functions here do.
 
         Functions call no module: what Megatron's DDP or anyone else hooks to one would not be called.
         """
-        if self.refused:
-            return self.refused
-        hooked = (module for module in self.modules if module._forward_pre_hooks or module._forward_hooks)
-        return next((f"{type(module).__name__} has a forward hook" for module in hooked), None)
+        modules = _modules_in(self._stacks)
+        if modules != self._modules:  # modules compare by identity
+            self._modules, self._refused = modules, _refused(self._config, modules)
+        return self._refused or next((hook for hook in map(_hook, modules) if hook), None)
 
 
-def _refused(model: Any, modules: Iterable[nn.Module]) -> str | None:
+def _modules_in(stacks: Iterable[nn.Module]) -> list[nn.Module]:
+    """All modules of the layers; nn.Module.modules() takes several times as long, at each forward."""
+    found, waiting = [], [layer for stack in stacks for layer in stack.children()]
+    while waiting:
+        module = waiting.pop()
+        found.append(module)
+        waiting += [child for child in module._modules.values() if child is not None]
+    return found
+
+
+def _hook(module: nn.Module) -> str | None:
+    if module._forward_pre_hooks or module._forward_hooks:
+        return f"{type(module).__name__} has a forward hook"
+    if module._backward_pre_hooks or module._backward_hooks:
+        return f"{type(module).__name__} has a backward hook"
+    return None
+
+
+def _refused(config: Any, modules: Iterable[nn.Module]) -> str | None:
     if parallel_state.get_tensor_model_parallel_world_size() > 1:
         return "tensor_model_parallel_size is more than 1"
     try:
-        _check_config(model.config.language_model_config, F.silu, "RMSNorm")
-        _check_config(model.config.vision_model_config, F.gelu, "LayerNorm")
+        _check_config(config.language_model_config, F.silu, "RMSNorm")
+        _check_config(config.vision_model_config, F.gelu, "LayerNorm")
         for module in modules:
             if _is_adapted(module):
+                _check_adapter(module)
                 linear_of(module)
     except Unsupported as reason:
         return str(reason)
@@ -85,35 +110,23 @@ def _refused(model: Any, modules: Iterable[nn.Module]) -> str | None:
 
 def _check_config(config: Any, activation: Callable, normalization: str) -> None:
     wanted = {
-        "hidden_dropout": 0.0,
-        "attention_dropout": 0.0,
-        "layernorm_zero_centered_gamma": False,
-        "activation_func": activation,
-        "gated_linear_unit": activation is F.silu,
-        "normalization": normalization,
-        # arithmetic that Megatron's classes can do as well
-        "activation_func_clamp_value": None,
-        "apply_query_key_layer_scaling": False,
-        "apply_residual_connection_post_layernorm": False,
-        "fp32_residual_connection": False,
-        "glu_linear_offset": 0.0,
-        "no_rope_freq": None,
-        "rotary_interleaved": False,
-        "softmax_scale": None,
+        **PLAIN_VALUES,
+        "activation_func": (activation,),
+        "gated_linear_unit": (activation is F.silu,),
+        "normalization": (normalization,),
     }
     if hasattr(config, "rotary_percent"):  # the text decoder's
-        wanted["rotary_percent"] = 1.0
-    for name, value in wanted.items():
-        if getattr(config, name) != value:
+        wanted["rotary_percent"] = (1.0,)
+    for name, values in wanted.items():
+        if getattr(config, name) not in values:
             raise Unsupported(f"{name} is {getattr(config, name)}")
 
 
-def _layers(model: Any) -> Iterable[nn.Module]:
-    decoder, tower = model.language_model.decoder, model.vision_model.vision_encoder
-    yield from decoder.layers
-    yield from decoder.xattn_layers
-    yield from tower.transformer.layers
-    yield from tower.global_transformer.layers
+def _check_adapter(module: Any) -> None:
+    """Other PEFT methods wrap a linear and its adapter as well, and compute something else."""
+    for part, known in ((module, LoRALinear), (module.adapter, ParallelLinearAdapter)):
+        if type(part) is not known:
+            raise Unsupported(f"{type(part).__name__} is no {known.__name__}")
 
 
 def _is_adapted(module: nn.Module) -> bool:
@@ -193,7 +206,7 @@ def self_layer(layer: Any, hidden_states: Tensor, cos: Tensor, sin: Tensor) -> T
     attended = attend(query, key, value, causal=True)
     rows = _run(
         behind_self,
-        (rows, attended.view(num_rows * batch, -1)),
+        (rows, attended.reshape(num_rows * batch, -1)),
         linear_of(attention.linear_proj),
         linear_of(mlp.linear_fc1),
         linear_of(mlp.linear_fc2),

@@ -13,6 +13,7 @@ from nemo.lightning.megatron_parallel import MaskedTokenLossReduction
 from torch import Tensor, nn
 
 from vlmsft.data.blend import SET_KEY, SET_NAMES_KEY
+from vlmsft.errors import Problem, UserError
 from vlmsft.mllama import lean
 from vlmsft.mllama.attention import CrossPlan, plan_cross_attention, unseen_plan
 from vlmsft.mllama.config import MLlamaConfig
@@ -47,6 +48,7 @@ class MLlamaBase(MLlamaBaseModel):
         self._freeze(config)
         self._norm_linears = find_norm_linears(self)
         self._checked: lean.Checked | None = None
+        self._has_run = False
         self._megatron_because: str | None = None
 
     def _init_gates(self, value: float) -> None:
@@ -99,16 +101,23 @@ class MLlamaBase(MLlamaBaseModel):
         image_tokens = self.vision_model(tiles, counts, aspect_ratio_ids)
         return self.language_model(tokens, labels, image_tokens, plan, answer_rows=answer_rows)
 
+    def megatron_because(self) -> str | None:
+        """What makes the next forward use Megatron's classes; None where the layers run as lean.py's functions."""
+        if self.config.lean_forward is False:
+            return "lean_forward is false"
+        self._checked = self._checked or lean.Checked(self)
+        return self._checked.why_not()
+
     def _choose_forward(self) -> None:
         """At each forward: LoRA comes after the model was built, and hooks come and go."""
-        self._checked = self._checked or lean.Checked(self)
-        wanted = self.config.lean_forward
-        reason = "lean_forward is false" if wanted is False else self._checked.why_not()
-        if reason and wanted:
-            raise ValueError(f"model.config.lean_forward is true, but {reason}")
-        if reason != self._megatron_because:
-            logger.info("layers run as %s", f"Megatron's classes: {reason}" if reason else "plain functions")
-        self._megatron_because = reason
+        reason = self.megatron_because()
+        if reason and self.config.lean_forward:
+            problem = Problem("model.config.lean_forward", "true", f"null or false where {reason}")
+            raise UserError(problem, state="stopped at a forward pass")
+        if self._has_run and reason != self._megatron_because:  # the summary at the start tells the first
+            what = f"Megatron's classes: {reason}" if reason else "plain functions"
+            logger.info("from now on layers run as %s", what)
+        self._has_run, self._megatron_because = True, reason
         for part in (self.language_model.decoder, self.vision_model.vision_encoder):
             part.is_lean = reason is None
         if reason:
