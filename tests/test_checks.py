@@ -35,6 +35,7 @@ FROZEN = [
     "model.config.freeze_vision_model=true",
     "model.config.freeze_vision_projection=true",
 ]
+LEAN = "model.config.lean_forward=true"
 CASES = [
     # overrides of experiment=demo, the key that is named, a part of what was expected
     (["strategy.pipeline_model_parallel_size=2"], "strategy.pipeline_model_parallel_size", "1"),
@@ -66,6 +67,16 @@ CASES = [
     ([f"+{TEXT}.cpu_offloading=true"], f"{TEXT}.cpu_offloading", "false"),
     ([f"+{TEXT}.fp8=hybrid"], f"{TEXT}.fp8", "null"),
     ([f"{VISION}.recompute_granularity=some"], f"{VISION}.recompute_granularity", "full, selective or null"),
+    (
+        [LEAN, "strategy.tensor_model_parallel_size=2", "trainer.devices=2"],
+        "strategy.tensor_model_parallel_size",
+        "1 with model.config.lean_forward=true",
+    ),
+    ([LEAN, "strategy.ddp={overlap_param_gather: true}"], "strategy.ddp.overlap_param_gather", "false"),
+    ([LEAN, f"+{TEXT}.hidden_dropout=0.1"], f"{TEXT}.hidden_dropout", "0.0 with model.config.lean_forward=true"),
+    ([LEAN, f"{VISION}.recompute_granularity=selective"], f"{VISION}.recompute_granularity", "null or full with"),
+    ([LEAN, "peft=lora", "peft._target_=nemo.collections.llm.peft.DoRA"], "peft._target_", "NeMo's LoRA"),
+    ([LEAN, "peft=lora", "peft.dropout_position=post"], "peft.dropout_position", "pre with"),
     (["launch=torchrun", "trainer.num_nodes=2"], "trainer.num_nodes", "1 with launch=torchrun"),
     (FROZEN, ", ".join(name.split("=")[0] for name in FROZEN), "peft=lora"),
     (["trainer.max_steps=-1", "optim.warmup_steps=0"], "trainer.max_steps", "at least 1"),

@@ -123,6 +123,12 @@ class Model:
         for module in {hit for target in cfg.peft.target_modules for hit in lora_hits(target, matrices)}:
             add(f"{module}.adapter.", cfg.peft.dim * matrices[module], True)
 
+    def modules(self):
+        return [self]
+
+    def megatron_because(self):
+        return None
+
     def named_parameters(self):
         return self.named.items()
 
@@ -153,6 +159,22 @@ def test_plan_says_what_the_summary_of_the_run_says(overrides):
     assert summary._tokens_per_step(model, data) == plan.tokens_per_step
     memory = estimates.memory(cfg).peak
     assert summary.memory_gib(trainer, model) == pytest.approx(memory / GIB)
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "strategy.ddp={overlap_param_gather: true}",
+        "+model.config.language_model_config.hidden_dropout=0.1",
+        "peft.dropout_position=post",
+    ],
+)
+def test_memory_of_layers_that_are_no_functions(override):
+    as_functions, without, found = (
+        estimates.memory(compose("experiment=lora", *DATA, *more)).activations
+        for more in ([], ["model.config.lean_forward=false"], [override])
+    )
+    assert found == without > 1.05 * as_functions
 
 
 @pytest.mark.nemo

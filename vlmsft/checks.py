@@ -22,6 +22,7 @@ from omegaconf import DictConfig
 from rich.progress import Progress
 
 from vlmsft.errors import Problem, UserError, nearest
+from vlmsft.estimates import needs_megatrons_layers
 from vlmsft.facts import CPU_STRATEGY, LOCAL_EXECUTOR, TENSOR_PARALLEL, TEXT, VISION, Facts, shapes
 from vlmsft.feasibility import infeasible
 from vlmsft.launch_checks import paths_survive_nemo_run, secrets_stay_out, time_is_left_before_the_signal
@@ -103,6 +104,11 @@ def unsupported_layers(facts: Facts) -> Iterator[Problem]:
             found = facts[f"{part}.{name}"]
             if found is not None and found not in values:
                 yield Problem(f"{part}.{name}", str(found), expected, "MLlama's forward has no code for it")
+
+
+def lean_forward_is_possible(facts: Facts) -> Iterator[Problem]:
+    if facts["model.config.lean_forward"] is True:
+        yield from needs_megatrons_layers(facts)
 
 
 def world_size_is_started(facts: Facts) -> Iterator[Problem]:
@@ -446,6 +452,7 @@ def _progress_if_slow(text: str) -> Iterator[Callable[[int, int], None]]:
 CHECKS: tuple[Callable[[Facts], Iterator[Problem]], ...] = (
     minima,
     unsupported_layers,
+    lean_forward_is_possible,
     world_size_is_started,
     torchrun_is_one_node,
     cpu_and_gpu,

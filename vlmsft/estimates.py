@@ -5,11 +5,15 @@ Imports neither torch nor NeMo.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from omegaconf import DictConfig
 
+from vlmsft.errors import Problem
 from vlmsft.facts import TENSOR_PARALLEL, TEXT, VISION, Facts, shapes
 from vlmsft.mllama import sizes
 from vlmsft.mllama.memory import MemoryEstimate, Training, memory_estimate
+from vlmsft.mllama.plain_values import PLAIN_VALUES
 
 FREEZES = [f"model.config.freeze_{part}" for part in ("language_model", "vision_model", "vision_projection")]
 PEFT_FREEZES = ["peft.freeze_language_model", "peft.freeze_vision_model"]
@@ -70,8 +74,42 @@ def memory(cfg: DictConfig) -> MemoryEstimate:
         sequence_parallel=facts["strategy.sequence_parallel"] is True,
         data_parallel_size=facts.data_parallel_size,
         bf16=str(cfg.precision) != "32",
-        lean_forward=facts["model.config.lean_forward"],
+        lean_forward=has_plain_layers(facts),
     )
+
+
+def has_plain_layers(facts: Facts) -> bool:
+    """Whether layers run as the functions of vlmsft.mllama.lean, as far as the config tells."""
+    return facts["model.config.lean_forward"] is not False and next(needs_megatrons_layers(facts), None) is None
+
+
+def needs_megatrons_layers(facts: Facts) -> Iterator[Problem]:
+    """What of a config the functions of vlmsft.mllama.lean don't do, as problems of model.config.lean_forward=true.
+
+    The built model may know more (lean.Checked): a callback's hooks, a PEFT method that is not NeMo's.
+    """
+    remedy = "Or model.config.lean_forward=null"
+    tp, overlaps = facts[TENSOR_PARALLEL], "strategy.ddp.overlap_param_gather"
+    if type(tp) is int and tp > 1:
+        yield Problem(TENSOR_PARALLEL, str(tp), "1 with model.config.lean_forward=true", remedy)
+    if facts[overlaps] is True:
+        yield Problem(overlaps, "true", "false with model.config.lean_forward=true", remedy)
+    for part in (TEXT, VISION):
+        for name, values in PLAIN_VALUES.items():
+            found = facts[f"{part}.{name}"]
+            if found is not None and found not in values:
+                expected = " or ".join("null" if value is None else str(value).lower() for value in values)
+                where = f"{part}.{name}"
+                yield Problem(where, str(found), f"{expected} with model.config.lean_forward=true", remedy)
+    yield from _unknown_adapters(facts, remedy)
+
+
+def _unknown_adapters(facts: Facts, remedy: str) -> Iterator[Problem]:
+    kind, dropout = facts["peft._target_"], facts["peft.dropout"]
+    if isinstance(kind, str) and kind.rpartition(".")[2] in ("DoRA", "CanonicalLoRA"):
+        yield Problem("peft._target_", kind, "NeMo's LoRA with model.config.lean_forward=true", remedy)
+    if facts["peft.dropout_position"] == "post" and dropout:
+        yield Problem("peft.dropout_position", "post", "pre with model.config.lean_forward=true", remedy)
 
 
 def training(cfg: DictConfig) -> Training:

@@ -19,6 +19,7 @@ from vlmsft.runtime.summary import (
     StartSummary,
     _tokens_per_step,
     count_parameters,
+    layers_run_as,
     memory_gib,
     part_of,
     rows,
@@ -29,6 +30,7 @@ FACTS = RunFacts(
     model="MLlama 11B",
     parameters={"tower": (863_567_379, 0), "text": (9_775_192_080, 9_775_192_080), "LoRA": (23_100_000, 100)},
     precision="bf16-mixed",
+    layers="plain functions",
     tensor_model_parallel_size=2,
     data_parallel_size=4,
     device="NVIDIA H100 80GB HBM3",
@@ -52,6 +54,7 @@ def test_rows_say_it_in_units():
     assert table["  tower"] == "863.6 M, frozen"
     assert table["  text"] == "9.775 B, trains"
     assert table["  LoRA"] == "23.1 M, 100 train"
+    assert table["layers"] == "plain functions"
     assert table["layout"] == "8 processes: TP 2 x PP 1 x DP 4 on NVIDIA H100 80GB HBM3"
     assert table["samples per step"] == "128 = micro batch 1 x DP 4 x accumulation 32"
     assert table["tokens per step"] == "262.1 k text, 819.7 k vision (one full image per sample)"
@@ -128,6 +131,7 @@ def test_memory_and_tokens_of_an_mllama_like_model():
         language_model_config=SimpleNamespace(**asdict(text)),
         vision_model_config=SimpleNamespace(**asdict(vision), intermediate_layers_indices=[0, 2]),
     )
+    model.megatron_because = lambda: None
     for part, count in parameter_counts(text, vision).items():
         holder = {"tower": "vision_model", "projector": "vision_projection", "text": "language_model"}[part]
         layer = torch.nn.Module()
@@ -136,8 +140,16 @@ def test_memory_and_tokens_of_an_mllama_like_model():
     data = SimpleNamespace(decoder_seq_length=64, micro_batch_size=2, global_batch_size=8)
     trainer = SimpleNamespace(datamodule=data, world_size=1, strategy=SimpleNamespace())
 
-    expected = memory_estimate(text, vision, Training(tower=False), micro_batch_size=2, text_tokens=64, bf16=False)
-    assert memory_gib(trainer, model) * GIB == pytest.approx(expected.peak)
+    def expected(**options):
+        shape = {"micro_batch_size": 2, "text_tokens": 64, "bf16": False}
+        return memory_estimate(text, vision, Training(tower=False), **shape, **options).peak / GIB
+
+    assert memory_gib(trainer, model) == pytest.approx(expected())
+    assert layers_run_as(model) == "plain functions"
+    model.megatron_because = lambda: "Linear has a forward hook"
+    assert memory_gib(trainer, model) == pytest.approx(expected(lean_forward=False))
+    assert expected(lean_forward=False) > expected()
+    assert layers_run_as(model) == "Megatron's classes: Linear has a forward hook"
     assert _tokens_per_step(model, data) == {"text": 8 * 64, "vision": 8 * 4 * 17}
     del model.config
     assert memory_gib(trainer, model) is None and _tokens_per_step(model, data) == {}

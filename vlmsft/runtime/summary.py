@@ -26,11 +26,13 @@ class RunFacts:
     parameters: {"tower": (total, trainable), ...}, of the whole model: tensor-parallel shards are added up
     tokens_per_step: {"text": padded upper bound, "vision": with one image of all tiles in each sample}
     memory_gib_per_gpu: an estimate, for such samples
+    layers: what an MLlama's layers run as, and why
     """
 
     model: str
     parameters: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     precision: str | None = None
+    layers: str | None = None
     tensor_model_parallel_size: int = 1
     pipeline_model_parallel_size: int = 1
     data_parallel_size: int = 1
@@ -59,6 +61,8 @@ def rows(facts: RunFacts) -> list[tuple[str, str]]:
     table.append(("layout", f"{layout} on {facts.device}" if facts.device else layout))
     if facts.precision:
         table.append(("precision", facts.precision))
+    if facts.layers:
+        table.append(("layers", facts.layers))
     table += _step_rows(facts)
     if facts.memory_gib_per_gpu is not None:
         table.append(("memory", f"about {facts.memory_gib_per_gpu:.1f} GiB per GPU (estimate)"))
@@ -177,6 +181,7 @@ class StartSummary(Callback):
             model=self.model,
             parameters=count_parameters(pl_module, tp),
             precision=self.precision or str(trainer.precision),
+            layers=layers_run_as(pl_module),
             tensor_model_parallel_size=tp,
             pipeline_model_parallel_size=pp,
             data_parallel_size=max(trainer.world_size // (tp * pp), 1),
@@ -202,6 +207,19 @@ def mllama_shapes(pl_module: LightningModule) -> tuple[sizes.TextShape, sizes.Vi
     return sizes.TextShape.of(config.language_model_config), sizes.VisionShape.of(config.vision_model_config)
 
 
+def find_mllama(pl_module: LightningModule) -> Any | None:
+    """vlmsft's MLlamaBase, in whatever NeMo wrapped it."""
+    return next((module for module in pl_module.modules() if hasattr(module, "megatron_because")), None)
+
+
+def layers_run_as(pl_module: LightningModule) -> str | None:
+    mllama = find_mllama(pl_module)
+    if mllama is None:
+        return None
+    reason = mllama.megatron_because()
+    return f"Megatron's classes: {reason}" if reason else "plain functions"
+
+
 def _tokens_per_step(pl_module: LightningModule, data: Any) -> dict[str, int]:
     shapes = mllama_shapes(pl_module)
     if shapes is None or not hasattr(data, "decoder_seq_length"):
@@ -221,7 +239,7 @@ def memory_gib(trainer: Trainer, pl_module: LightningModule) -> float | None:
     if shapes is None or not hasattr(data, "decoder_seq_length"):
         return None
     strategy: Any = trainer.strategy
-    tp = getattr(strategy, "tensor_model_parallel_size", 1)
+    tp, mllama = getattr(strategy, "tensor_model_parallel_size", 1), find_mllama(pl_module)
     estimate = memory_estimate(
         *shapes,
         training_of(pl_module, tp),
@@ -232,7 +250,7 @@ def memory_gib(trainer: Trainer, pl_module: LightningModule) -> float | None:
         data_parallel_size=max(trainer.world_size // tp, 1),
         distributed_optimizer=getattr(getattr(strategy, "ddp_config", None), "use_distributed_optimizer", False),
         bf16=next(pl_module.parameters()).element_size() == 2,
-        lean_forward=getattr(pl_module.config, "lean_forward", None),
+        lean_forward=None if mllama is None else mllama.megatron_because() is None,
     )
     return estimate.peak / sizes.GIB
 
