@@ -167,7 +167,7 @@ def tflop_per_sample(cfg: DictConfig, phase: Phase) -> float:
         num_tiles=[phase.tiles],
         visible_rows=[length - IMAGE_ROW],
     )
-    return step_costs(text, vision, estimates.training(cfg)).of(counts).model / 1e12
+    return step_costs(text, vision, estimates.training(cfg)).of(counts) / 1e12
 
 
 # --- the samples ------------------------------------------------------------------------------------------------------

@@ -33,7 +33,7 @@ def test_time_is_flops_over_speed():
         text=False, tower=False, projector=False, lora_modules=lora_modules(text, vision, IN_TEXT), lora_dim=8
     )
     sample = count_batch(vision, text_tokens=[2048], num_answers=2048, num_tiles=[2], visible_rows=[2048])
-    expected = 1160 * 128 * step_costs(text, vision, training).of(sample).model / (8 * 500e12)
+    expected = 1160 * 128 * step_costs(text, vision, training).of(sample) / (8 * 500e12)
     assert job.seconds == pytest.approx(expected)
     assert job.gpu_hours == pytest.approx(expected / 3600 * 8) and job.num_gpus == 8
     assert "50 % of 1000 TFLOP/s" in job.source and job.source.startswith("assumed")

@@ -135,7 +135,7 @@ def flops_per_sample(cfg: DictConfig, text_tokens: float | None) -> float:
     length = min(text_tokens or cfg.data.decoder_seq_length, cfg.data.decoder_seq_length)
     tiles = vision.max_num_tiles if cfg.plan.tiles_per_image is None else cfg.plan.tiles_per_image
     counts = count_batch(vision, text_tokens=[length], num_answers=length, num_tiles=[tiles], visible_rows=[length])
-    return step_costs(text, vision, estimates.training(cfg)).of(counts).model
+    return step_costs(text, vision, estimates.training(cfg)).of(counts)
 
 
 # --- shown ------------------------------------------------------------------------------------------------------------

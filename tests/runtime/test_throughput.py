@@ -71,7 +71,7 @@ def test_counts_of_a_batch_are_those_of_its_host_tensors():
 def test_what_is_logged_at_each_step(toy_trainer, tmp_path):
     rows = rows_of(toy_trainer, tmp_path / "m.csv", MLlamaLike(), max_steps=3)
     assert [row["step"] for row in rows] == ["1", "2", "3"]
-    flops = step_costs(TEXT, VISION, Training(tower=False)).of(OF_BATCH).model
+    flops = step_costs(TEXT, VISION, Training(tower=False)).of(OF_BATCH)
     for row in rows[1:]:
         seconds = float(row["step_seconds"])
         assert 0.2 < seconds < 1.0
@@ -119,7 +119,7 @@ def test_mfu_where_the_peak_is_known(monkeypatch):
     interval = throughput._Interval(0.0, 0, counts=OF_BATCH * 1e6)
     trainer = SimpleNamespace(world_size=8, datamodule=SimpleNamespace(global_batch_size=4))
     metrics = callback._metrics(trainer, interval, seconds=2.0, num_steps=1)
-    flops = callback._costs.of(interval.counts).model
+    flops = callback._costs.of(interval.counts)
     assert metrics["mfu"] == pytest.approx(flops / 2 / 8 / 989e12)
     assert metrics["tflops_per_second_per_gpu"] == pytest.approx(flops / 2 / 8 / 1e12)
 

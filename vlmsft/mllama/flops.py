@@ -3,7 +3,7 @@
 Matrix products and attention only, a multiplication and an addition each. Model FLOPs are what the mathematics asks
 for: forward, gradients of what trains and of what lies between it and the loss, nothing twice, causal attention for the
 half that isn't masked. The tower's padded tiles are part of the model (its weights were trained with them), padded text
-is not. Counted apart is what a GPU computes beside.
+is not. What a GPU computes beside (layers a second time, gradients that no one needs) is not counted.
 """
 
 from __future__ import annotations
@@ -47,38 +47,11 @@ class Counts:
         return (getattr(self, one.name) for one in fields(self))
 
 
-@dataclass(frozen=True)
-class StepFlops:
-    """model: as the module says. What a GPU computes beside:
-
-    recomputed: a second time, by recompute_granularity=full and by flash attention, which keeps no scores
-    unneeded: gradients of inputs that need none. Megatron's linears compute them whenever their weights train
-    """
-
-    model: float
-    recomputed: float
-    unneeded: float
-
-    @property
-    def hardware(self) -> float:
-        return self.model + self.recomputed + self.unneeded
-
-
-@dataclass(frozen=True)
-class Costs:
+class Costs(Counts):
     """FLOPs for each unit of Counts; made once for a model, a multiplication each for a batch."""
 
-    model: Counts
-    recomputed: Counts
-    unneeded: Counts
-
-    def of(self, counts: Counts) -> StepFlops:
-        return StepFlops(
-            *(
-                sum(cost * number for cost, number in zip(costs, counts, strict=True))
-                for costs in (self.model, self.recomputed, self.unneeded)
-            )
-        )
+    def of(self, counts: Counts) -> float:
+        return sum(cost * number for cost, number in zip(self, counts, strict=True))
 
 
 def count_batch(
@@ -111,12 +84,9 @@ def count_batch(
     )
 
 
-def step_costs(text: TextShape, vision: VisionShape, training: Training, *, portable: bool = False) -> Costs:
-    """FLOPs of a forward and a backward pass for each unit of Counts, of all tensor-parallel ranks together.
-
-    portable: with layers=torch, whose linears are all Megatron's; with TransformerEngine's, only projector and adapters
-    """
-    walk = _Walk(training, portable)
+def step_costs(text: TextShape, vision: VisionShape, training: Training) -> Costs:
+    """Model FLOPs of a forward and a backward pass, of all tensor-parallel ranks together."""
+    walk = _Walk(training)
     image = walk.tower(vision)
     image = walk.linear(
         "seen",
@@ -127,11 +97,7 @@ def step_costs(text: TextShape, vision: VisionShape, training: Training, *, port
         training.projector,
     )
     walk.text(text, image)
-    recomputed = dict(walk.attention_twice)
-    for part, on in ((walk.text_forward, training.recompute_text), (walk.tower_forward, training.recompute_tower)):
-        for unit, flops in part.items():
-            recomputed[unit] = recomputed.get(unit, 0.0) + flops * on
-    return Costs(Counts(**walk.model), Counts(**recomputed), Counts(**walk.unneeded))
+    return Costs(**walk.model)
 
 
 @dataclass
@@ -139,35 +105,22 @@ class _Walk:
     """Goes through the model in the order of the forward pass, and knows which tensors need a gradient."""
 
     training: Training
-    portable: bool
-    unneeded: dict[str, float] = field(default_factory=dict)
     model: dict[str, float] = field(default_factory=dict)
-    attention_twice: dict[str, float] = field(default_factory=dict)  # beside what recomputed layers repeat
-    tower_forward: dict[str, float] = field(default_factory=dict)
-    text_forward: dict[str, float] = field(default_factory=dict)
-    _layer: dict[str, float] | None = None  # where forward FLOPs of layers that may be recomputed go as well
 
     def __post_init__(self) -> None:
         self.lora = set(self.training.lora_modules)
 
-    def _add(self, unit: str, forward: float, backward: float) -> None:
-        self.model[unit] = self.model.get(unit, 0.0) + forward + backward
-        if self._layer is not None:
-            self._layer[unit] = self._layer.get(unit, 0.0) + forward
+    def _add(self, unit: str, flops: float) -> None:
+        self.model[unit] = self.model.get(unit, 0.0) + flops
 
     def linear(self, unit: str, name: str, num_in: int, num_out: int, needs_gradient: bool, trains: bool) -> bool:
         """A matrix, with its adapter if it has one. Returns whether its output needs a gradient."""
         flops = 2 * num_in * num_out
-        self._add(unit, flops, flops * (needs_gradient + trains))
-        megatrons = name.startswith("module.") if self.portable else "vision_projection" in name
-        if trains and megatrons and not needs_gradient:
-            self.unneeded[unit] = self.unneeded.get(unit, 0.0) + flops
+        self._add(unit, flops * (1 + needs_gradient + trains))
         if name not in self.lora:
             return needs_gradient or trains
         first, second = 2 * num_in * self.training.lora_dim, 2 * self.training.lora_dim * num_out
-        self._add(unit, first + second, first * (1 + needs_gradient) + second * 2)
-        if not needs_gradient:
-            self.unneeded[unit] = self.unneeded.get(unit, 0.0) + first
+        self._add(unit, first * (2 + needs_gradient) + second * 3)
         return True
 
     def attention(self, unit: str, width: int, needs_query: bool, needs_key: bool, needs_value: bool) -> bool:
@@ -175,9 +128,7 @@ class _Walk:
         product = 2 * width
         needs_scores = needs_query or needs_key
         needs = needs_scores + needs_query + needs_key + needs_value
-        self._add(unit, 2 * product, needs * product)
-        if needs:  # flash attention keeps no scores
-            self.attention_twice[unit] = self.attention_twice.get(unit, 0.0) + product
+        self._add(unit, (2 + needs) * product)
         return bool(needs)
 
     def tower(self, vision: VisionShape) -> bool:
@@ -186,7 +137,6 @@ class _Walk:
         name = "module.vision_model.vision_encoder"
         patch = 3 * vision.patch_size**2
         needs = self.linear("tiles", f"{name}.conv1._linear", patch * (vision.tokens_per_tile - 1), h, False, trains)
-        self._layer = self.tower_forward
         for stack, number in (("transformer", vision.num_layers), ("global_transformer", vision.num_global_layers)):
             for i in range(number):
                 layer = f"{name}.{stack}.layers.{i}"
@@ -195,7 +145,6 @@ class _Walk:
                 needs |= self.linear("computed", f"{layer}.self_attention.linear_proj", h, h, out, trains)
                 inner = self.linear("computed", f"{layer}.mlp.linear_fc1", h, f, needs, trains)
                 needs |= self.linear("computed", f"{layer}.mlp.linear_fc2", f, h, inner, trains)
-        self._layer = None
         return needs
 
     def text(self, text: TextShape, image: bool) -> None:
@@ -203,12 +152,10 @@ class _Walk:
         trains, needs = self.training.text, self.training.text  # embeddings train with the rest
         decoder = "module.language_model.decoder"
         with_cross = set(cross_layers(text))
-        self._layer = self.text_forward
         for i in range(text.num_layers):
             if i in with_cross:
                 needs = self._cross_layer(text, f"{decoder}.xattn_layers.{i}", needs, image, trains)
             needs = self._self_layer(text, f"{decoder}.layers.{i}", needs, trains)
-        self._layer = None
         name = "module.language_model.output_layer"
         self.linear("answers", name, text.hidden_size, text.vocab_size, needs, trains)
 

@@ -117,7 +117,7 @@ class Throughput(Callback):
         if batch_size:
             metrics["samples_per_second"] = num_steps * batch_size / seconds
         if self._costs is not None:
-            flops = self._costs.of(interval.counts).model
+            flops = self._costs.of(interval.counts)
             tokens, flops, waited = _sum_over_data_parallel_ranks([interval.counts.text, flops, interval.waited])
             metrics["tokens_per_second"] = tokens / seconds
             per_gpu = flops / seconds / trainer.world_size
