@@ -80,6 +80,22 @@ class Batch:
 
 
 @dataclass(frozen=True)
+class Layout:
+    """How a rank holds its activations.
+
+    tp: tensor-parallel size, which divides what lies between column- and row-parallel matrices
+    whole: divisor of what lies outside them: 1, or tp with sequence parallelism
+    element_bytes: of an activation
+    lean: layers as functions; TransformerEngine's otherwise
+    """
+
+    tp: int
+    whole: int
+    element_bytes: int
+    lean: bool
+
+
+@dataclass(frozen=True)
 class Training:
     """What trains, and what is computed twice.
 
@@ -130,12 +146,11 @@ def memory_estimate(
 
     text_tokens: padded text length of a micro batch's samples; answer_tokens: with a label (None = all)
     tiles_per_image: real tiles (None = max_num_tiles); the tower always computes with max_num_tiles of them
-    lean_forward: model.config.lean_forward (None: with tensor_model_parallel_size 1). Without it the layers are
+    lean_forward: layers as functions (None: with tensor_model_parallel_size 1). Without it the layers are
         TransformerEngine's
     Formulas: `training_bytes`, `building_bytes` and `activation_bytes`.
     """
     tp = tensor_model_parallel_size
-    lean = tp == 1 if lean_forward is None else lean_forward
     counts, matrices = parameter_counts(text, vision), lora_matrices(text, vision)
     trains = {"text": training.text, "tower": training.tower, "projector": training.projector}
     lora = Count(training.lora_dim * sum(matrices[name] for name in training.lora_modules))
@@ -152,13 +167,17 @@ def memory_estimate(
         computed=images * vision.max_num_tiles * vision.padded_tokens_per_tile,
         seen=images * tiles * vision.tokens_per_tile,
     )
-    element = 2 if bf16 else 4
-    whole = tp if sequence_parallel else 1
+    layout = Layout(
+        tp=tp,
+        whole=tp if sequence_parallel else 1,
+        element_bytes=2 if bf16 else 4,
+        lean=tp == 1 if lean_forward is None else lean_forward,
+    )
     return MemoryEstimate(
         weights=weights,
         gradients=gradients,
         optimizer=optimizer,
-        activations=WORKSPACE_BYTES + activation_bytes(text, vision, batch, training, tp, whole, element, lean),
+        activations=WORKSPACE_BYTES + activation_bytes(text, vision, batch, training, layout),
         build=building_bytes(text, training, held, trained, bf16=bf16, optimizer_shards=shards, tp=tp),
     )
 
@@ -189,28 +208,14 @@ def building_bytes(
     return max(moving, element * held + 4 * trained + (4 * trained + copied) / optimizer_shards)
 
 
-def activation_bytes(
-    text: TextShape,
-    vision: VisionShape,
-    batch: Batch,
-    training: Training,
-    tp: int,
-    whole: int,
-    element_bytes: int,
-    lean: bool,
-) -> float:
-    """The highest of: the tower at work; the loss, forwards and backwards; the backward pass of a text layer.
-
-    tp: tensor-parallel size, which divides what lies between column- and row-parallel matrices
-    whole: divisor of what lies outside them: 1, or tp with sequence parallelism
-    lean: layers as functions; TransformerEngine's otherwise
-    """
-    tower_kept, tower_working = _tower_bytes(vision, batch, training, tp, element_bytes)
-    text_kept, text_working = _text_bytes(text, batch, training, tp, whole, element_bytes, lean)
-    forwards, backwards = _loss_bytes(text, batch, training, tp, element_bytes)
+def activation_bytes(text: TextShape, vision: VisionShape, batch: Batch, training: Training, layout: Layout) -> float:
+    """The highest of: the tower at work; the loss, forwards and backwards; the backward pass of a text layer."""
+    tower_kept, tower_working = _tower_bytes(vision, batch, training, layout)
+    text_kept, text_working = _text_bytes(text, batch, training, layout)
+    forwards, backwards = _loss_bytes(text, batch, training, layout)
     # the projected image tokens are there until the model's forward returns, and longer where something keeps them
-    image_tokens = batch.seen * text.hidden_size * element_bytes
-    if _keeps_image_tokens(training, lean):
+    image_tokens = batch.seen * text.hidden_size * layout.element_bytes
+    if _keeps_image_tokens(training, layout.lean):
         text_kept, image_tokens = text_kept + image_tokens, 0
     after_forward = tower_kept + text_kept + max(image_tokens + forwards, backwards, text_working)
     return max(after_forward, tower_kept + tower_working)
@@ -225,13 +230,12 @@ def _keeps_image_tokens(training: Training, lean: bool) -> bool:
     return not lean or training.text or training.recompute_text or adapted
 
 
-def _text_bytes(
-    text: TextShape, batch: Batch, training: Training, tp: int, whole: int, element_bytes: int, lean: bool
-) -> tuple[float, float]:
+def _text_bytes(text: TextShape, batch: Batch, training: Training, layout: Layout) -> tuple[float, float]:
     """(kept for the backward pass, passing while a layer is computed backwards)."""
+    tp, whole, element_bytes = layout.tp, layout.whole, layout.element_bytes
     h, f, k = text.hidden_size, text.ffn_hidden_size, text.key_size
-    lora = _LoraInputs.of(training, text, lean)
-    self_layer, cross_layer = _self_layer(text, training, tp, whole, lean), _cross_layer(text, training, tp, whole)
+    lora = _LoraInputs.of(training, text, layout.lean)
+    self_layer, cross_layer = _self_layer(text, training, layout), _cross_layer(text, training, layout)
     # of each vision token: keys and values as the product gives them, keys behind their norm; values on their own
     # (lean), or keys before their norm (Megatron)
     keys = 4 * k / tp
@@ -253,20 +257,20 @@ def _text_bytes(
     return (inputs + final_norm) * element_bytes, (at_work + passing) * element_bytes
 
 
-def _self_layer(text: TextShape, training: Training, tp: int, whole: int, lean: bool) -> float:
+def _self_layer(text: TextShape, training: Training, layout: Layout) -> float:
     """Elements per text token that a self-attention layer keeps, LoRA's own aside."""
     h, f, q, k = text.hidden_size, text.ffn_hidden_size, text.query_size, text.key_size
     norms = 2 * h + 2 * h * training.text  # two norms' inputs; their outputs are inputs of linear_qkv and linear_fc1
     # queries and keys rotated, values, output, its log-sums
     attention = (q + 2 * k) + q + 2 * text.num_attention_heads
-    if not lean:  # the values are a view of queries, keys and values as one, which stay with them
+    if not layout.lean:  # the values are a view of queries, keys and values as one, which stay with them
         attention += q + k
     mlp = 2 * f  # gate and up
     weights = (q + f) * training.text  # inputs of linear_proj and linear_fc2
-    return norms / whole + (attention + mlp + weights) / tp
+    return norms / layout.whole + (attention + mlp + weights) / layout.tp
 
 
-def _cross_layer(text: TextShape, training: Training, tp: int, whole: int) -> float:
+def _cross_layer(text: TextShape, training: Training, layout: Layout) -> float:
     """Elements per text token that a cross-attention layer keeps, LoRA's own aside."""
     h, f, q = text.hidden_size, text.ffn_hidden_size, text.query_size
     norms = 2 * h + 2 * h * training.text
@@ -274,26 +278,26 @@ def _cross_layer(text: TextShape, training: Training, tp: int, whole: int) -> fl
     mlp = 2 * f
     weights = (q + f) * training.text
     gated = 2 * h * training.text  # what the two gates multiply
-    return (norms + gated) / whole + (attention + mlp + weights) / tp
+    return (norms + gated) / layout.whole + (attention + mlp + weights) / layout.tp
 
 
-def _loss_bytes(text: TextShape, batch: Batch, training: Training, tp: int, element_bytes: int) -> tuple[float, float]:
+def _loss_bytes(text: TextShape, batch: Batch, training: Training, layout: Layout) -> tuple[float, float]:
     """(at the end of the forward pass, at the start of the backward pass), of answers only.
 
     Forwards: logits in compute precision, and in fp32, where the softmax is computed in place. Backwards, Megatron's
     compiled calculate_gradients: the softmax, its difference from the labels (a copy, as torch.compile makes it), and
     the gradient in compute precision. Then the output matrix' own gradient beside the latter, if it trains.
     """
-    logits = batch.answers * text.vocab_size / tp
+    element_bytes = layout.element_bytes
+    logits = batch.answers * text.vocab_size / layout.tp
     forwards = logits * (element_bytes + 4) + batch.answers * text.hidden_size * element_bytes
-    matrix = text.vocab_size * text.hidden_size / tp * training.text
+    matrix = text.vocab_size * text.hidden_size / layout.tp * training.text
     return forwards, max(logits * (4 + 4 + element_bytes), (logits + matrix) * element_bytes)
 
 
-def _tower_bytes(
-    vision: VisionShape, batch: Batch, training: Training, tp: int, element_bytes: int
-) -> tuple[float, float]:
+def _tower_bytes(vision: VisionShape, batch: Batch, training: Training, layout: Layout) -> tuple[float, float]:
     """(kept for the backward pass, passing while the tower computes)."""
+    tp, element_bytes = layout.tp, layout.element_bytes
     h, f = vision.hidden_size, vision.ffn_size
     lora = _LoraInputs.of(training, vision, lean=False)
     num_layers = vision.num_layers + vision.num_global_layers
