@@ -34,3 +34,28 @@ def shard_folder(tmp_path_factory, sample_folder) -> Path:
     files = {"train": "train.jsonl", "val": "validation.jsonl"}
     splits = {name: record_parts(sample_folder / file, sample_folder / "images") for name, file in files.items()}
     return write_folder(tmp_path_factory.mktemp("shards") / "sample", splits)
+
+
+@pytest.fixture
+def ranks(monkeypatch):
+    """Sets data-parallel rank and size without a process group."""
+    from megatron.core import parallel_state
+
+    def set_ranks(rank, size):
+        monkeypatch.setattr(parallel_state, "get_data_parallel_rank", lambda: rank)
+        monkeypatch.setattr(parallel_state, "get_data_parallel_world_size", lambda: size)
+
+    set_ranks(0, 1)
+    return set_ranks
+
+
+@pytest.fixture
+def loaders(ranks):
+    """Gives a data module's loaders of training and validation, of the rank that `ranks` has set."""
+
+    def loaders(module):
+        module.setup("fit")
+        transform = module.data_sampler.transform_dataloader
+        return transform(module.train_dataloader()), transform(module.val_dataloader())
+
+    return loaders

@@ -40,25 +40,16 @@ def make(arguments):
 
 
 @pytest.fixture
-def ranks(monkeypatch):
-    """Sets data-parallel rank and size without a process group; both ranks are in the state that `gathered` makes."""
-    from megatron.core import parallel_state
-
+def ranks(ranks, monkeypatch):
+    """Both ranks are in the state that `gathered` makes."""
     from vlmsft.data import energon
 
     def set_ranks(rank, size):
-        monkeypatch.setattr(parallel_state, "get_data_parallel_rank", lambda: rank)
-        monkeypatch.setattr(parallel_state, "get_data_parallel_world_size", lambda: size)
+        ranks(rank, size)
         monkeypatch.setattr(energon, "_rank_and_size", lambda: (rank, size))
 
     set_ranks(0, 1)
     return set_ranks
-
-
-def loaders(module):
-    module.setup("fit")
-    transform = module.data_sampler.transform_dataloader
-    return transform(module.train_dataloader()), transform(module.val_dataloader())
 
 
 def same(one, other) -> bool:
@@ -67,7 +58,7 @@ def same(one, other) -> bool:
     )
 
 
-def test_training_has_no_length_and_validation_is_complete_even_and_repeats(make, ranks, sample_folder):
+def test_training_has_no_length_and_validation_is_complete_even_and_repeats(make, ranks, loaders, sample_folder):
     from vlmsft.data.preloaded import PreloadedDataModule
 
     files = {
@@ -90,7 +81,7 @@ def test_training_has_no_length_and_validation_is_complete_even_and_repeats(make
         assert same(first, list(loaders(preloaded)[1])), "the batches of preloaded data"
 
 
-def test_resume_finds_its_place_and_validation_does_not_move(make, ranks):
+def test_resume_finds_its_place_and_validation_does_not_move(make, loaders):
     module = make()
     train, validation = loaders(module)
     batches = iter(train)
@@ -107,7 +98,7 @@ def test_resume_finds_its_place_and_validation_does_not_move(make, ranks):
     assert same(list(validation), list(validation_again))
 
 
-def test_another_order_is_refused_with_old_and_new_value(make, ranks, tmp_path, sample_folder):
+def test_another_order_is_refused_with_old_and_new_value(make, ranks, loaders, tmp_path, sample_folder):
     module = make()
     loaders(module)
     state = module.state_dict()
@@ -128,7 +119,7 @@ def test_another_order_is_refused_with_old_and_new_value(make, ranks, tmp_path, 
     }
 
 
-def test_a_larger_global_batch_is_no_other_order(make, ranks):
+def test_a_larger_global_batch_is_no_other_order(make, loaders):
     module = make()
     loaders(module)
     make(global_batch_size=16).load_state_dict(module.state_dict())
@@ -150,12 +141,12 @@ def test_a_worker_without_a_sample_is_refused(make, ranks):
         make(num_workers=16).train_dataloader()
 
 
-def test_no_validation(make, ranks):
+def test_no_validation(make, loaders):
     train, validation = loaders(make(validation_path=None))
     assert validation == [] and next(iter(train))
 
 
-def test_named_datasets(make, ranks, shard_folder):
+def test_named_datasets(make, loaders, shard_folder):
     named = {"chat": {"path": str(shard_folder), "weight": 3}, "ocr": {"path": str(shard_folder), "weight": 1}}
     module = make(path=named, validation_path=named)
     train, validation = loaders(module)

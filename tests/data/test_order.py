@@ -74,6 +74,21 @@ def test_a_blend_sorts_by_length_within_a_step():
         assert step == sorted(expected, key=lambda index: -lengths[index])
 
 
+@pytest.mark.parametrize("blend", [False, True])
+def test_a_resumed_stream_sorts_by_length_as_the_whole_one_did(blend):
+    def rounds(micro, size, count, consumed=0):
+        """`count` x 8 samples in the order in which the ranks compute them, side by side; texts of five lengths."""
+        shares = [Share(micro, 8, rank, size) for rank in range(size)]
+        ends = [(consumed, share, lambda indices: indices % 5) for share in shares]
+        streams = [BlendOrder(SIZES, WEIGHTS, 7, *end) if blend else TrainOrder(50, 7, *end) for end in ends]
+        side_by_side = islice(zip(*streams, strict=True), count * shares[0].num_microbatches)
+        return [index for batches in side_by_side for batch in batches for index in batch]
+
+    whole = rounds(1, 1, 20)
+    assert rounds(1, 1, 10, consumed=80) == whole[80:]
+    assert rounds(2, 4, 10, consumed=80) == whole[80:], "on other hardware"
+
+
 def test_the_order_depends_on_seed_and_epoch_only():
     assert epoch_order(50, 1, 0).tolist() == epoch_order(50, 1, 0).tolist()
     assert len({tuple(epoch_order(50, seed, epoch)) for seed in range(3) for epoch in range(3)}) == 9

@@ -1,4 +1,5 @@
 import hashlib
+import json
 from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
@@ -34,26 +35,7 @@ def module(arguments):
     return PreloadedDataModule(**arguments)
 
 
-@pytest.fixture
-def ranks(monkeypatch):
-    """Sets data-parallel rank and size without a process group."""
-    from megatron.core import parallel_state
-
-    def set_ranks(rank, size):
-        monkeypatch.setattr(parallel_state, "get_data_parallel_rank", lambda: rank)
-        monkeypatch.setattr(parallel_state, "get_data_parallel_world_size", lambda: size)
-
-    set_ranks(0, 1)
-    return set_ranks
-
-
-def loaders(module):
-    module.setup("fit")
-    transform = module.data_sampler.transform_dataloader
-    return transform(module.train_dataloader()), transform(module.val_dataloader())
-
-
-def test_loaders_give_each_rank_its_share(module, ranks):
+def test_loaders_give_each_rank_its_share(module, ranks, loaders):
     batches = []
     for rank in range(2):
         ranks(rank, 2)
@@ -72,7 +54,32 @@ def test_loaders_give_each_rank_its_share(module, ranks):
     assert rows(batches) == rows(alone)
 
 
-def test_training_has_no_length_and_validation_repeats(module, ranks):
+def write_texts(path: Path, lengths: range) -> str:
+    """Records with answers of so many tokens and a constant; a JSON list or JSONL, by the path."""
+    records = [
+        {"conversations": [{"from": "human", "value": "何？"}, {"from": "gpt", "value": "猫" * n}]} for n in lengths
+    ]
+    lines = [json.dumps(record, ensure_ascii=False) for record in records]
+    path.write_text(f"[{','.join(lines)}]" if path.suffix == ".json" else "\n".join(lines))
+    return str(path)
+
+
+@pytest.mark.parametrize(("weights", "num_workers"), [([], 0), ([3, 1], 0), ([None, None], 2)])
+def test_similar_lengths_share_a_micro_batch(weights, num_workers, arguments, loaders, tmp_path):
+    """Of one file, and of a JSONL file and a JSON list whose lengths take turns."""
+    from vlmsft.data.preloaded import PreloadedDataModule
+
+    odd, even = write_texts(tmp_path / "a.jsonl", range(1, 48, 2)), write_texts(tmp_path / "b.json", range(2, 49, 2))
+    named = {"odd": odd, "even": even}.items()
+    mix = {name: {"path": path, "weight": weight} for (name, path), weight in zip(named, weights, strict=False)}
+    changes = {"train_path": mix or odd, "num_workers": num_workers, "validation_path": None}
+    train, _ = loaders(PreloadedDataModule(**{**arguments, **changes}))
+    lengths = torch.cat([batch["num_text_tokens"] for batch in islice(train, 4 * 3)]).view(3, 8).tolist()
+    assert lengths == [sorted(step, reverse=True) for step in lengths]
+    assert len({length % 2 for step in lengths for length in step}) == (2 if mix else 1)
+
+
+def test_training_has_no_length_and_validation_repeats(module, loaders):
     train, validation = loaders(module)
     with pytest.raises(TypeError):
         len(train)
@@ -82,7 +89,7 @@ def test_training_has_no_length_and_validation_repeats(module, ranks):
         assert all(torch.equal(one[key], other[key]) for key in one)
 
 
-def test_resume_continues_behind_the_consumed_samples_and_validation_does_not_move(module, arguments, ranks):
+def test_resume_continues_behind_the_consumed_samples_and_validation_does_not_move(module, arguments, loaders):
     from vlmsft.data.preloaded import PreloadedDataModule
 
     train, validation = loaders(module)
@@ -140,7 +147,7 @@ def blend(sample_folder, first: float = 3) -> dict:
     return {"chat": {"path": train, "weight": first}, "ocr": {"path": validation, "weight": 1}}
 
 
-def test_a_blend_resumes_and_does_not_depend_on_the_number_of_ranks(arguments, sample_folder, ranks):
+def test_a_blend_resumes_and_does_not_depend_on_the_number_of_ranks(arguments, sample_folder, ranks, loaders):
     from vlmsft.data.preloaded import PreloadedDataModule
 
     arguments = {**arguments, "train_path": blend(sample_folder), "validation_path": blend(sample_folder)}
