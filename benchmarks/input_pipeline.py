@@ -34,6 +34,7 @@ import os
 import random
 import re
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -416,23 +417,26 @@ def overrides(case: Case, scale: Scale, files: Files, steps: int, name: str) -> 
     ]
 
 
-def output_of(command: list[str], folder: Path, timeout: float) -> tuple[str, int]:
-    """What it printed, and its exit code."""
-    environment = {**os.environ, "PYTHONPATH": f"{REPOSITORY}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+def output_of(command: list[str], folder: Path, timeout: float, **variables: str) -> tuple[str, int]:
+    """What it printed, and its exit code. Ends all of its processes after `timeout` seconds.
+
+    variables: of the environment, beside this process'
+    """
+    path = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
+    environment = {**os.environ, "PYTHONPATH": path, **variables}
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    process = subprocess.Popen(command, cwd=folder, env=environment, start_new_session=True, **pipes)
     try:
-        ended = subprocess.run(
-            command,
-            cwd=folder,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=timeout,
-        )
-    except subprocess.TimeoutExpired as expired:
-        printed = expired.stdout or b""
-        return printed.decode(errors="replace") if isinstance(printed, bytes) else printed, 124
-    return ended.stdout, ended.returncode
+        printed, _ = process.communicate(timeout=timeout)
+        return printed, process.returncode
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGTERM)  # to torchrun, too, which ends its workers
+    try:
+        printed, _ = process.communicate(timeout=40)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        printed, _ = process.communicate()
+    return f"{printed}\nended after {timeout:.0f} s", 124
 
 
 def speeds(path: Path) -> dict[str, Any]:
@@ -456,7 +460,7 @@ def speeds(path: Path) -> dict[str, Any]:
     }
 
 
-def median(cells: Iterable[str]) -> float | None:
+def median(cells: Iterable[str | None]) -> float | None:
     values = [float(cell) for cell in cells if cell]
     return statistics.median(values) if values else None
 
@@ -491,7 +495,7 @@ def samples_per_second(case: Case, folder: str, num_batches: int = 60) -> float:
 
 
 def batches_of(case: Case, files: Files, pin_memory: bool) -> Iterable[Any]:
-    """Endless, as the training's data module gives them to one rank."""
+    """Endless, through what the training's data module loads with for one rank; preloaded samples in any order."""
     processor = str(files.processor)
     if case.data == "energon":
         from vlmsft.data.encode import SampleEncoder

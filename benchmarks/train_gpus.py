@@ -28,9 +28,6 @@ from __future__ import annotations
 import argparse
 import csv
 import json
-import os
-import signal
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -42,6 +39,7 @@ from typing import Any
 
 import input_pipeline as photographs
 import yaml
+from input_pipeline import formatted, median, output_of
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 RUNS = "benchmark"
@@ -347,7 +345,7 @@ class Bench:
         """Runs the command and writes down what `read` finds then, or the end of what was printed."""
         shown = " ".join(["python", *command[1:]]).replace(f"{self.files.folder}/", "")
         started = time.monotonic()
-        printed, code = output_of(command, self.files.folder, self.limit)
+        printed, code = output_of(command, self.files.folder, self.limit, CUDA_DEVICE_MAX_CONNECTIONS="1")
         result = {**self.about(case), **about, "command": shown, "seconds": round(time.monotonic() - started, 1)}
         try:
             result |= read()
@@ -388,25 +386,6 @@ def torchrun(num_processes: int) -> list[str]:
     return [*launcher, f"--nproc-per-node={num_processes}"]
 
 
-def output_of(command: list[str], folder: Path, limit: float) -> tuple[str, int]:
-    """What it printed, and its exit code. Ends all of its processes after `limit` seconds."""
-    path = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
-    environment = {**os.environ, "PYTHONPATH": path, "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
-    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    process = subprocess.Popen(command, cwd=folder, env=environment, start_new_session=True, **pipes)
-    try:
-        printed, _ = process.communicate(timeout=limit)
-        return printed, process.returncode
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGTERM)  # to torchrun, too, which ends its workers
-    try:
-        printed, _ = process.communicate(timeout=40)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        printed, _ = process.communicate()
-    return f"{printed}\nended after {limit:.0f} s", 124
-
-
 def speeds(path: Path) -> dict[str, Any]:
     """Medians after the warm-up, the highest memory, and the loss of each step."""
     with open(path, encoding="utf-8", newline="") as file:
@@ -420,11 +399,6 @@ def speeds(path: Path) -> dict[str, Any]:
         "peak_memory_gib": max(memory, default=None),
         "losses": [float(row["reduced_train_loss"]) for row in rows],
     }
-
-
-def median(cells: list[str | None]) -> float | None:
-    values = [float(cell) for cell in cells if cell]
-    return statistics.median(values) if values else None
 
 
 # --- what is shown ----------------------------------------------------------------------------------------------------
@@ -489,10 +463,6 @@ def extrapolations(results: list[dict[str, Any]]) -> list[str]:
         hours = TUTORIAL_STEPS * 128 / result["samples_per_second"] / 3600
         lines.append(f"- {result['name']}: {TUTORIAL_STEPS} steps of 128 samples would take {hours:.2f} hours")
     return lines
-
-
-def formatted(value: float | None, form: str) -> str:
-    return "" if value is None else format(value, form)
 
 
 if __name__ == "__main__":
