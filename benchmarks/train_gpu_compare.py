@@ -131,9 +131,7 @@ def build_stock(cfg: DictConfig, dtype: torch.dtype, on_gpu: bool) -> Any:
 
 
 def build_stock_on_cpu(dtype: torch.dtype) -> Any:
-    tests = str(Path(__file__).resolve().parents[1] / "tests" / "mllama")
-    if tests not in sys.path:
-        sys.path.append(tests)
+    find_tests()
     import mllama_cases
     import mllama_stock
     import pytest
@@ -149,11 +147,16 @@ def build_stock_on_cpu(dtype: torch.dtype) -> Any:
     return model
 
 
-def tiny_overrides() -> list[str]:
-    """The sizes of the tests' tiny model, of which there is a stock one on the CPU."""
+def find_tests() -> None:
+    """The tests' tiny model can be imported then."""
     tests = str(Path(__file__).resolve().parents[1] / "tests" / "mllama")
     if tests not in sys.path:
         sys.path.append(tests)
+
+
+def tiny_overrides() -> list[str]:
+    """The sizes of the tests' tiny model, of which there is a stock one on the CPU."""
+    find_tests()
     from mllama_cases import TEXT as text
     from mllama_cases import VISION as vision
 

@@ -41,7 +41,6 @@ import input_pipeline as photographs
 import yaml
 from input_pipeline import formatted, median, output_of
 
-REPOSITORY = Path(__file__).resolve().parents[1]
 RUNS = "benchmark"
 WARM_UP = 3  # steps; kernels are compiled in the first ones
 TUTORIAL_STEPS = 1160
