@@ -1,7 +1,9 @@
 """What all tests share."""
 
+import logging
 import signal
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 
 import pytest
 from hydra.core.hydra_config import HydraConfig
@@ -18,3 +20,21 @@ def no_hydra_left() -> Iterator[None]:
     """A command that ran in this process leaves its last job's Hydra config, which names a run's number."""
     yield
     HydraConfig.instance().cfg = None
+
+
+@pytest.fixture
+def run_main(monkeypatch, capfd) -> Callable[..., tuple[int, str, str]]:
+    """Runs a command's main() with arguments in this process: exit code, stdout, stderr."""
+
+    def run_main(main: Callable[[], None], *arguments: str) -> tuple[int, str, str]:
+        # Hydra configures logging, which closes all handlers: pytest's too, and absl's with pytest's capture file
+        monkeypatch.setattr(logging, "_handlerList", [])
+        monkeypatch.setattr(sys, "argv", ["vlmsft", *arguments])
+        code = 0
+        try:
+            main()
+        except SystemExit as end:
+            code = end.code
+        return code, *capfd.readouterr()
+
+    return run_main

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import subprocess
 import sys
@@ -207,21 +206,14 @@ def test_wrong_names_from_the_shell(tmp_path):
 
 
 @pytest.fixture
-def train(monkeypatch, capfd, tmp_path):
+def train(run_main, monkeypatch, tmp_path):
     """Runs the train command in this process: exit code and what it said."""
-    monkeypatch.setattr(logging, "_handlerList", [])  # Hydra closes all handlers, pytest's too
     monkeypatch.chdir(tmp_path)
 
     def run(*arguments: str) -> tuple[int, str]:
         from vlmsft.train import main
 
-        monkeypatch.setattr(sys, "argv", ["train", *arguments])
-        code = 0
-        try:
-            main()
-        except SystemExit as end:
-            code = end.code
-        out, message = capfd.readouterr()
+        code, out, message = run_main(main, *arguments)
         return code, out + message
 
     return run

@@ -1,6 +1,6 @@
 """Wrong overrides: all of them in one message, each with its nearest name, exit code 2, no traceback."""
 
-import logging
+import functools
 import os
 import subprocess
 import sys
@@ -22,21 +22,8 @@ def main(cfg):
 
 
 @pytest.fixture
-def run(monkeypatch, capsys):
-    """Runs main() with arguments: exit code, stdout, stderr."""
-    # Hydra configures logging, which closes all handlers; absl's (from nemo_run) would close pytest's capture file.
-    monkeypatch.setattr(logging, "_handlerList", [])
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["train", *arguments])
-        code = 0
-        try:
-            main()
-        except SystemExit as end:
-            code = end.code
-        return code, *capsys.readouterr()
-
-    return run
+def run(run_main):
+    return functools.partial(run_main, main)
 
 
 @pytest.fixture

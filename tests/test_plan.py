@@ -1,7 +1,5 @@
 """What a plan says: the recipe's values, the summary's numbers where they can be known, and no run folder."""
 
-import logging
-import sys
 from dataclasses import asdict
 from types import SimpleNamespace
 
@@ -178,28 +176,17 @@ def test_memory_of_layers_that_are_no_functions(override):
 
 
 @pytest.mark.nemo
-def test_command(monkeypatch, capfd, tmp_path):
+def test_command(run_main, monkeypatch, tmp_path):
     """Recipe, summary and problems, exit code 2 if there are any; never a run folder."""
     from vlmsft.plan import main
 
-    monkeypatch.setattr(logging, "_handlerList", [])  # Hydra closes all handlers, pytest's too
     monkeypatch.chdir(tmp_path)
-
-    def plan(*overrides):
-        monkeypatch.setattr(sys, "argv", ["plan", *overrides])
-        code = 0
-        try:
-            main()
-        except SystemExit as end:
-            code = end.code
-        return code, *capfd.readouterr()
-
-    code, out, _ = plan("experiment=demo")
+    code, out, _ = run_main(main, "experiment=demo")
     assert code == 0 and "optim.config.lr = 0.003" in out and "parameters: 9" in out
-    code, out, message = plan("experiment=lora", "peft=lora_tower", *DATA)
+    code, out, message = run_main(main, "experiment=lora", "peft=lora_tower", *DATA)
     assert code == 2 and "LoRA: 5.177 M, trains" in out and "GiB per GPU" in out
     for key in ("data.train_path", "data.validation_path", "restore_from"):
         assert f"{key}: found" in message
-    code, out, message = plan("experiment=demo", "optim.min_lr=9", "data.global_batch_size=7")
+    code, out, message = run_main(main, "experiment=demo", "optim.min_lr=9", "data.global_batch_size=7")
     assert code == 2 and "optim.min_lr" in message and "data.global_batch_size" in message
     assert list(tmp_path.iterdir()) == []

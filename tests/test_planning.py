@@ -1,7 +1,6 @@
 """A sweep's table: what can run, memory, hours, and where the numbers come from."""
 
 import io
-import logging
 import sys
 
 import pytest
@@ -99,31 +98,23 @@ def test_format():
     assert [format_hours(s) for s in (None, 12.3, 150, 3600 * 5.61)] == ["", "12 s", "2 min", "5.6 h"]
 
 
-def test_command_writes_nothing_and_imports_no_nemo(monkeypatch, capfd, tmp_path):
+def test_command_writes_nothing_and_imports_no_nemo(run_main, monkeypatch, tmp_path):
     from vlmsft.plan import main
 
-    monkeypatch.setattr(logging, "_handlerList", [])  # Hydra closes all handlers, pytest's too
     monkeypatch.chdir(tmp_path)
     nemo = {name for name in sys.modules if name.split(".")[0] == "nemo"}
     sweep = "strategy.tensor_model_parallel_size=1,2", "trainer.devices=2"
-    monkeypatch.setattr(sys, "argv", ["plan", "-m", "experiment=demo", *sweep, "data.micro_batch_size=8"])
-    main()
-    out = capfd.readouterr().out
-    assert "2 of 2 jobs can run" in out and "strategy.tensor_model_parallel_size=2" in out
+    code, out, _ = run_main(main, "-m", "experiment=demo", *sweep, "data.micro_batch_size=8")
+    assert code == 0 and "2 of 2 jobs can run" in out and "strategy.tensor_model_parallel_size=2" in out
     assert {name for name in sys.modules if name.split(".")[0] == "nemo"} == nemo
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_is_malformed_stops_a_sweep(monkeypatch, capfd, tmp_path):
+def test_what_is_malformed_stops_a_sweep(run_main, monkeypatch, tmp_path):
     from vlmsft.plan import main
 
-    monkeypatch.setattr(logging, "_handlerList", [])  # Hydra closes all handlers, pytest's too
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["plan", "-m", "experiment=demo", "optim.min_lr=9,3e-5", "seed=-1"])
-    with pytest.raises(SystemExit) as end:
-        main()
-    assert end.value.code == 2
-    out, message = capfd.readouterr()
-    assert "0 of 2 jobs can run" in out
+    code, out, message = run_main(main, "-m", "experiment=demo", "optim.min_lr=9,3e-5", "seed=-1")
+    assert code == 2 and "0 of 2 jobs can run" in out
     assert "job 0 (optim.min_lr=9): optim.min_lr" in message and "seed: found -1" in message
     assert list(tmp_path.iterdir()) == []
