@@ -1,5 +1,6 @@
 """`vlmsft COMMAND` and `python -m vlmsft COMMAND`."""
 
+import functools
 import os
 import subprocess
 import sys
@@ -11,14 +12,8 @@ from vlmsft.config_files import root
 
 
 @pytest.fixture
-def call(monkeypatch, capsys):
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["vlmsft", *arguments])
-        with pytest.raises(SystemExit) as end:
-            main()
-        return end.value.code, *capsys.readouterr()
-
-    return call
+def call(run_main):
+    return functools.partial(run_main, main)
 
 
 @pytest.mark.parametrize("flag", ["-h", "--help"])

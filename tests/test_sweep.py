@@ -1,7 +1,5 @@
 """The words of `vlmsft.sweep`, and what it says of what it doesn't know."""
 
-import sys
-
 import pytest
 
 from vlmsft import sweep
@@ -33,9 +31,7 @@ def test_words_are_keys(words, keys):
         (["status", "12", "job=1", "jobb=2"], "Did you mean 'job'?"),
     ],
 )
-def test_what_is_wrong_is_named(words, expected, monkeypatch, tmp_path, capsys):
+def test_what_is_wrong_is_named(words, expected, run_main, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["sweep", *sweep.with_keys(words)])
-    with pytest.raises(SystemExit) as end:
-        sweep.main()
-    assert end.value.code == 2 and expected in capsys.readouterr().err
+    code, _, message = run_main(sweep.main, *sweep.with_keys(words))
+    assert code == 2 and expected in message
