@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from hf_cases import ROPE_SCALING, mllama_config
 
 from vlmsft.config_files import sample_set
 
@@ -12,42 +13,35 @@ PROCESSOR = f"{sample_set()}/processor"
 VOCAB_SIZE = 512
 
 
-def hf_config():
-    from transformers import MllamaConfig
-    from transformers.models.mllama.configuration_mllama import MllamaTextConfig, MllamaVisionConfig
+TEXT = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 64,
+    "num_hidden_layers": 5,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 96,
+    "rope_scaling": ROPE_SCALING,
+    "cross_attention_layers": [1, 3],
+    "bos_token_id": 496,
+    "eos_token_id": 497,
+    "pad_token_id": 500,
+}
+VISION = {
+    "hidden_size": 48,
+    "num_hidden_layers": 3,
+    "num_global_layers": 1,
+    "attention_heads": 4,
+    "intermediate_size": 80,
+    "vision_output_dim": 48 * 3,
+    "intermediate_layers_indices": [0, 2],
+    "image_size": 112,
+    "patch_size": 28,
+    "max_num_tiles": 4,
+}
 
-    vision = MllamaVisionConfig(
-        hidden_size=48,
-        num_hidden_layers=3,
-        num_global_layers=1,
-        attention_heads=4,
-        intermediate_size=80,
-        vision_output_dim=48 * 3,
-        intermediate_layers_indices=[0, 2],
-        image_size=112,
-        patch_size=28,
-        max_num_tiles=4,
-    )
-    text = MllamaTextConfig(
-        vocab_size=VOCAB_SIZE,
-        hidden_size=64,
-        num_hidden_layers=5,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        intermediate_size=96,
-        rope_scaling={
-            "rope_type": "llama3",
-            "factor": 8.0,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 8192,
-        },
-        cross_attention_layers=[1, 3],
-        bos_token_id=496,
-        eos_token_id=497,
-        pad_token_id=500,
-    )
-    return MllamaConfig(vision_config=vision, text_config=text, image_token_index=VOCAB_SIZE)
+
+def hf_config():
+    return mllama_config(TEXT, VISION)
 
 
 def randomise(model: torch.nn.Module, seed: int = 0) -> None:

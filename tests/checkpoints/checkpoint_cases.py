@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import torch
 import yaml
+from hf_cases import ROPE_SCALING, mllama_config
 from torch import Tensor
 from transformers import MllamaConfig, MllamaForConditionalGeneration
 
@@ -28,13 +29,7 @@ TEXT = {
     "num_key_value_heads": 2,
     "rope_theta": 500000,
     "max_position_embeddings": 512,
-    "rope_scaling": {
-        "rope_type": "llama3",
-        "factor": 8.0,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 8192,
-    },
+    "rope_scaling": ROPE_SCALING,
     "pad_token_id": 3,
 }
 VISION = {
@@ -69,7 +64,7 @@ VISION_OF_11B = {
 
 
 def hf_config(text: dict[str, Any] = TEXT, vision: dict[str, Any] = VISION) -> MllamaConfig:
-    return MllamaConfig(text_config=dict(text), vision_config=dict(vision), image_token_index=text["vocab_size"])
+    return mllama_config(text, vision)
 
 
 def write_hf_folder(folder: Path, config: MllamaConfig, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> Path:

@@ -240,42 +240,35 @@ def add_adapters(model, peft):
 
 def hf_config():
     """The same tiny model as a transformers config."""
-    from transformers import MllamaConfig
-    from transformers.models.mllama.configuration_mllama import MllamaTextConfig, MllamaVisionConfig
+    from hf_cases import ROPE_SCALING, mllama_config
 
-    vision = MllamaVisionConfig(
-        hidden_size=VISION["hidden_size"],
-        num_hidden_layers=VISION["num_layers"],
-        num_global_layers=VISION["num_global_layers"],
-        attention_heads=VISION["num_attention_heads"],
-        intermediate_size=VISION["ffn_hidden_size"],
-        vision_output_dim=VISION["hidden_size"] * (1 + len(VISION["intermediate_layers_indices"])),
-        intermediate_layers_indices=VISION["intermediate_layers_indices"],
-        image_size=TILE,
-        patch_size=14,
-        max_num_tiles=MAX_TILES,
-    )
-    text = MllamaTextConfig(
-        vocab_size=VOCAB_SIZE,
-        hidden_size=TEXT["hidden_size"],
-        num_hidden_layers=TEXT["num_layers"] + TEXT["num_cross_attention_layers"],
-        num_attention_heads=TEXT["num_attention_heads"],
-        num_key_value_heads=TEXT["num_query_groups"],
-        intermediate_size=TEXT["ffn_hidden_size"],
-        rope_theta=500_000,
-        rope_scaling={
-            "rope_type": "llama3",
-            "factor": 8.0,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 8192,
-        },
-        cross_attention_layers=[1, 4],
-        bos_token_id=0,
-        eos_token_id=1,
-        pad_token_id=PAD_TOKEN,
-    )
-    return MllamaConfig(vision_config=vision, text_config=text, image_token_index=IMAGE_TOKEN)
+    text = {
+        "vocab_size": VOCAB_SIZE,
+        "hidden_size": TEXT["hidden_size"],
+        "num_hidden_layers": TEXT["num_layers"] + TEXT["num_cross_attention_layers"],
+        "num_attention_heads": TEXT["num_attention_heads"],
+        "num_key_value_heads": TEXT["num_query_groups"],
+        "intermediate_size": TEXT["ffn_hidden_size"],
+        "rope_theta": 500_000,
+        "rope_scaling": ROPE_SCALING,
+        "cross_attention_layers": [1, 4],
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "pad_token_id": PAD_TOKEN,
+    }
+    vision = {
+        "hidden_size": VISION["hidden_size"],
+        "num_hidden_layers": VISION["num_layers"],
+        "num_global_layers": VISION["num_global_layers"],
+        "attention_heads": VISION["num_attention_heads"],
+        "intermediate_size": VISION["ffn_hidden_size"],
+        "vision_output_dim": VISION["hidden_size"] * (1 + len(VISION["intermediate_layers_indices"])),
+        "intermediate_layers_indices": VISION["intermediate_layers_indices"],
+        "image_size": TILE,
+        "patch_size": 14,
+        "max_num_tiles": MAX_TILES,
+    }
+    return mllama_config(text, vision)
 
 
 def hf_model(seed: int = 0):
