@@ -6,6 +6,7 @@ import json
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -25,8 +26,10 @@ from checkpoint_cases import (
 )
 from config_cases import compose
 from export_cases import swap_gate_and_up, write_lively_folder
+from nemo_forks import run_in_fork
 from test_checkpoint_lora import adapters, write_lora
 
+from vlmsft.checkpoints import verify
 from vlmsft.checkpoints.hf_config import architecture
 from vlmsft.checkpoints.hf_folder import HFFolder
 from vlmsft.checkpoints.lora import merged
@@ -222,6 +225,10 @@ def imported(tmp_path_factory) -> Path:
 
 @pytest.mark.nemo
 class TestComparing:
+    @pytest.fixture(autouse=True)
+    def checkpoints_model_in_a_fork(self, monkeypatch):
+        monkeypatch.setattr(verify, "subprocess", SimpleNamespace(run=run_in_fork))
+
     def test_the_gate_passes_and_the_card_says_so(self, imported, tmp_path, record_property):
         run(imported, tmp_path / "out", verify=True, verify_samples=2)
         text = (tmp_path / "out" / "README.md").read_text()

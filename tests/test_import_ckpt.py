@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -26,6 +24,7 @@ from checkpoint_cases import (
     write_hf_folder,
 )
 from config_cases import compose
+from nemo_forks import Forked, environment, run_module
 from train_cases import RUNS, Job, last_checkpoint, run_jobs
 
 from vlmsft.checkpoints.nemo import NemoCheckpoint
@@ -166,23 +165,20 @@ class TestCheckpoint:
 @pytest.mark.nemo
 def test_a_process_that_is_killed_leaves_the_place_to_the_next(hf, tmp_path):
     """Two processes: the one that writes is killed, the other, which waits for it, clears up and writes."""
-    command = [sys.executable, "-m", "vlmsft.import_ckpt", f"source={hf}", "output=out"]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
-    processes = [
-        subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(2)
-    ]
+    command = (run_module, "vlmsft.import_ckpt", f"source={hf}", "output=out")
+    both = [Forked(*command, folder=tmp_path, environment=environment()) for _ in range(2)]
     try:
         folder = wait_for(lambda: next(tmp_path.glob(".out.*.unfinished/hf"), None)).parent
-        (killed,) = (process for process in processes if folder.name.startswith(f".out.{process.pid}-"))
-        os.kill(killed.pid, signal.SIGKILL)
-        assert killed.wait() == -signal.SIGKILL
+        (killed,) = (one for one in both if folder.name.startswith(f".out.{one.process.pid}-"))
+        killed.kill()
+        assert killed.process.exitcode == -signal.SIGKILL
         assert folder.exists() and not (tmp_path / "out").exists()
-        (other,) = (process for process in processes if process is not killed)
-        said = other.communicate(timeout=300)[0]
+        (other,) = (one for one in both if one is not killed)
+        assert other.wait(300) == 0, other.output()
     finally:
-        for process in processes:
-            process.kill()
-    assert other.returncode == 0 and "of weights imported" in said, said
+        for one in both:
+            one.kill()
+    assert "of weights imported" in other.output()
     assert not folder.exists()
     assert_same(NemoCheckpoint(tmp_path / "out"), expected_tensors(hf))
 

@@ -5,26 +5,27 @@ from __future__ import annotations
 import contextlib
 import csv
 import json
+import multiprocessing
+import multiprocessing.connection
 import os
 import random
 import re
 import shutil
 import signal
 import socket
-import subprocess
-import sys
+import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from multiprocessing.managers import SyncManager
 from pathlib import Path
 
 import lightning.pytorch as pl
 import psutil
 import torch
+from nemo_forks import Forked, environment, run_module, wait_for_all
 
 from vlmsft.config_files import sample_set
 
-TESTS = Path(__file__).parent
 RUNS = Path("runs/demo")
 """Where the demo leaves its runs, from a worker's working directory."""
 TRAINED = "trained "
@@ -58,48 +59,12 @@ def run_jobs(folder: Path, jobs: list[Job], num_processes: int = 1) -> None:
     jobs_file = folder / f"jobs-{time.monotonic_ns()}.json"
     ports = free_ports(len(jobs))
     jobs_file.write_text(json.dumps([asdict(job) | {"port": port} for job, port in zip(jobs, ports, strict=True)]))
-    # -c and not -m: Megatron's checkpoint writer spawns a process, which would import a main module again
-    command = [sys.executable, "-c", "import sys, train_cases; train_cases.work(sys.argv[1])", str(jobs_file)]
-    workers = [
-        subprocess.Popen(
-            command,
-            cwd=folder,
-            env=_environment(rank, num_processes),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
+    ranks = [
+        Forked(work, str(jobs_file), folder=folder, environment=_environment(rank, num_processes))
         for rank in range(num_processes)
     ]
-    with ThreadPoolExecutor() as pool:
-        try:
-            reading = pool.map(_output, workers)
-            _wait(workers, seconds=900)
-        finally:
-            for worker in workers:
-                worker.kill()
-        outputs = list(reading)
-    assert not any(worker.returncode for worker in workers), "\n\n".join(output[-6000:] for output in outputs)
-
-
-def _wait(workers: list[subprocess.Popen[str]], seconds: float) -> None:
-    """Until all have ended, or one has failed, which the others would wait for."""
-    end = time.monotonic() + seconds
-    while (codes := [worker.poll() for worker in workers]) and None in codes and not any(codes):
-        assert time.monotonic() < end, f"not done after {seconds} s"
-        time.sleep(0.2)
-
-
-def _output(worker: subprocess.Popen[str]) -> str:
-    """All that it printed; each training's end is passed on when it comes."""
-    assert worker.stdout is not None
-    lines = []
-    for line in worker.stdout:
-        lines.append(line)
-        if line.startswith(TRAINED):
-            print(line, end="", flush=True)
-    worker.wait()
-    return "".join(lines)
+    wait_for_all(ranks, seconds=900)
+    print("".join(line for line in ranks[0].output().splitlines(keepends=True) if line.startswith(TRAINED)))
 
 
 @dataclass
@@ -119,24 +84,20 @@ class Killed:
 
 
 def kill_a_rank(folder: Path, name: str, overrides: list[str], *, rank: int, after_step: int) -> Killed:
-    """`vlmsft train`, as one types it, in runs/demo/`name`; one of the ranks that it starts gets SIGKILL."""
+    """`vlmsft train` in runs/demo/`name`; one of the ranks that it starts gets SIGKILL."""
     killed, mark = folder / "killed", f"VLMSFT_TEST_{time.monotonic_ns()}"
     killer = (
         f"+trainer.callbacks.watch={{_target_:train_cases.KillRank,rank:{rank},after_step:{after_step},path:{killed}}}"
     )
-    environment = {key: value for key, value in _environment(0, 1).items() if key not in RANK_VARIABLES}
-    done = subprocess.run(
-        [sys.executable, "-m", "vlmsft.train", *overrides, f"id={name}", killer],
-        cwd=folder,
-        env={**environment, mark: ""},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=600,
-    )
-    assert killed.exists(), done.stdout[-6000:]
+    arguments = [*overrides, f"id={name}", killer]
+    launcher = Forked(run_module, "vlmsft.train", *arguments, folder=folder, environment=environment(**{mark: ""}))
+    try:
+        exit_code = launcher.wait(600)
+    finally:
+        launcher.kill()
+    assert killed.exists(), launcher.output()[-6000:]
     seconds = time.time() - killed.stat().st_mtime
-    return Killed(done.returncode, done.stdout, seconds, _processes_with(mark), metrics(folder / RUNS / name))
+    return Killed(exit_code, launcher.output(), seconds, _processes_with(mark), metrics(folder / RUNS / name))
 
 
 def _processes_with(variable: str) -> list[int]:
@@ -149,20 +110,8 @@ def _processes_with(variable: str) -> list[int]:
     return found
 
 
-RANK_VARIABLES = ("MASTER_ADDR", "RANK", "LOCAL_RANK", "WORLD_SIZE")
-
-
 def _environment(rank: int, num_processes: int) -> dict[str, str]:
-    paths = [str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")]
-    ours = {
-        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
-        "MASTER_ADDR": "127.0.0.1",
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(num_processes),
-        "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // num_processes)),
-    }
-    return {**os.environ, **ours}
+    return environment(MASTER_ADDR="127.0.0.1", RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(num_processes))
 
 
 def write_sample_shards(folder: Path) -> None:
@@ -214,6 +163,7 @@ def work(jobs_file: str) -> None:
     from vlmsft.config_files import register_resolvers
 
     register_resolvers()
+    queue_of_a_fork()
     for job in (Job(**fields) for fields in json.loads(Path(jobs_file).read_text())):
         os.environ["MASTER_PORT"] = str(job.port)
         overrides = [*job.overrides, f"id={job.name}"]
@@ -225,6 +175,27 @@ def work(jobs_file: str) -> None:
         train(overrides)
         print(f"{TRAINED}{job.name}: {time.monotonic() - started:.1f} s", flush=True)
         forget_megatron()
+
+
+def queue_of_a_fork() -> None:
+    """Megatron's queue of a checkpoint's writers, in a process that needn't import torch once more."""
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    manager = SyncManager(ctx=multiprocessing.get_context("fork"))
+    manager.start(initializer=end_with_parent)
+    filesystem_async._results_queue = manager.Queue()
+
+
+def end_with_parent() -> None:
+    """Also where that is killed."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def end() -> None:
+        multiprocessing.connection.wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=end, daemon=True).start()
 
 
 def cut(source: Path, target: Path, num_saved: int) -> None:

@@ -1,13 +1,11 @@
 """One of two tensor-parallel ranks: compares its logits, losses and gradients with those of one process.
 
-Usage: python tensor_parallel_worker.py RANK FOLDER
 FOLDER/expected.pt holds what one process computed: see test_tensor_parallel.py.
 """
 
 from __future__ import annotations
 
 import contextlib
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -85,7 +83,3 @@ def main(rank: int, folder: Path) -> None:
             sharded = model.module.sharded_state_dict()
             shapes = {key: tuple(getattr(value, "global_shape", ())) for key, value in sharded.items()}
             assert shapes == expected[part]["global_shapes"], part
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]), Path(sys.argv[2]))

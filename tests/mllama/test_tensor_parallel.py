@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from mllama_cases import CASES, TARGETS, Sample, build, inputs_of, make_batch, with_lora
-
-HERE = Path(__file__).parent
-
+from nemo_forks import Forked, environment, wait_for_all
 
 BATCHES = {
     # padded to 27, 23 and 23 rows, which two ranks don't share evenly, and to 24, which they do
@@ -48,25 +42,9 @@ def computed_by_one(model) -> dict[str, Any]:
 @pytest.mark.nemo
 def test_two_ranks_equal_one(megatron, tmp_path):
     """With and without sequence parallelism, full fine-tuning and LoRA."""
+    from tensor_parallel_worker import main
+
     expected = {"full": computed_by_one(build().module), "lora": computed_by_one(with_lora(TARGETS).module)}
     torch.save(expected, tmp_path / "expected.pt")
-    # one thread a process: more of them wait for each other in every collective
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parents[1])]),
-    }
-    command = [sys.executable, str(HERE / "tensor_parallel_worker.py")]
-    workers = [
-        subprocess.Popen(
-            [*command, str(rank), str(tmp_path)],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    outputs = [worker.communicate(timeout=600)[0] for worker in workers]
-    for worker, output in zip(workers, outputs, strict=True):
-        assert worker.returncode == 0, output[-3000:]
+    ranks = [Forked(main, rank, tmp_path, folder=tmp_path, environment=environment()) for rank in range(2)]
+    wait_for_all(ranks, seconds=600)

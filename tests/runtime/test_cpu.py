@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
-
-from vlmsft.config_files import root
+from nemo_forks import Forked, environment, wait_for_all
 
 pytestmark = pytest.mark.nemo
 
@@ -58,12 +54,12 @@ print("RESULT", json.dumps(found))
 
 
 @pytest.fixture(scope="module")
-def found() -> dict:
+def found(tmp_path_factory) -> dict:
     """Of a process that no other test has touched."""
-    environment = {**os.environ, "PYTHONPATH": f"{root()}{os.pathsep}{root() / 'tests'}"}
-    run = subprocess.run([sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    return json.loads(next(line for line in run.stdout.splitlines() if line.startswith("RESULT")).split(" ", 1)[1])
+    fork = Forked(exec, SCRIPT, {}, folder=tmp_path_factory.mktemp("cpu"), environment=environment())
+    wait_for_all([fork], seconds=300)
+    (line,) = (line for line in fork.output().splitlines() if line.startswith("RESULT"))
+    return json.loads(line.split(" ", 1)[1])
 
 
 def test_a_gpu_recipe_does_not_import_it(found):
