@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent / "evaluation"))
 
 from config_cases import compose
 from evaluation_toys import last_text, questions, scripted, write_task
+from nemo_forks import Forked, run_module
 
 from vlmsft.config_files import root
 from vlmsft.evaluate import plan_of
@@ -100,7 +101,7 @@ def test_tasks_of_a_config_folder(tmp_path):
     assert "quiz" in done.stdout and "48" in done.stdout
 
 
-@pytest.mark.nemo  # NeMo is not imported, but the processes import torch and transformers
+@pytest.mark.nemo  # NeMo is not needed, but the processes import torch and transformers
 def test_a_local_model_is_served_and_stopped(tmp_path):
     """An HF folder and a bad copy of it: named before anything starts; then answers equal the generator's."""
     from generation_toys import write_hf_folder
@@ -110,24 +111,22 @@ def test_a_local_model_is_served_and_stopped(tmp_path):
     bad = write_hf_folder(tmp_path / "exports" / "bad")
     (bad / "preprocessor_config.json").unlink()
     (bad / "model.safetensors").write_bytes((bad / "model.safetensors").read_bytes()[:-100])
-    done = subprocess.run(
-        command("models=[exports/tiny,exports/bad]", *common),
-        cwd=tmp_path,
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert "truncated" in done.stderr and "preprocessor_config" in done.stderr
+    code, output = evaluated(tmp_path, "models=[exports/tiny,exports/bad]", *common)
+    assert code == 2 and "Traceback" not in output
+    assert "truncated" in output and "preprocessor_config" in output
     assert not (tmp_path / "evaluations").exists()
 
-    done = subprocess.run(
-        command(f"models={{sft: {model}}}", *common), cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
+    code, output = evaluated(tmp_path, f"models={{sft: {model}}}", *common)
+    assert code == 0, output
     (answers,) = tmp_path.glob("evaluations/*/answers/sft/sample.jsonl")
     assert len(answers.read_text().splitlines()) == 2
     (log,) = tmp_path.glob("evaluations/*/logs/sft.log")
     port = log.read_text().split("http://127.0.0.1:")[1].split("/")[0]
     listening = Path("/proc/net/tcp").read_text()
     assert f"0100007F:{int(port):04X} 00000000:0000 0A" not in listening, "the server has ended"
+
+
+def evaluated(folder: Path, *arguments: str) -> tuple[int, str]:
+    """Exit code and output."""
+    process = Forked(run_module, "vlmsft.evaluate", *arguments, folder=folder, environment=ENVIRONMENT)
+    return process.wait(300), process.output()

@@ -10,49 +10,37 @@ import sys
 import time
 from pathlib import Path
 
+import job_toys
 import psutil
 import pytest
 from launch_cases import SENTINELS, files_with
+from nemo_forks import Forked, environment
 
-from vlmsft.config_files import root
 
-TOYS = Path(__file__).parents[1] / "job_toys.py"
+def toy_environment(home: Path) -> dict[str, str]:
+    """A bare PATH, a HOME of its own and tokens."""
+    kept = {name: value for name, value in environment().items() if name not in ("RANK", "LOCAL_RANK")}
+    return {**kept, "PATH": "/usr/bin:/bin", "HOME": str(home), **SENTINELS}
 
 
 class Started:
-    """A process that runs a toy job, with a bare PATH, a HOME of its own and tokens in its environment."""
+    """A process that runs a toy job in its toy environment."""
 
     def __init__(self, function: str, folder: Path, how: str):
         self.run_dir = folder / "runs" / "toys" / "one"
         self.run_dir.mkdir(parents=True)
-        self.home = folder / "home"
-        self.home.mkdir()
-        environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "LOCAL_RANK")}
-        environment |= {
-            "PATH": "/usr/bin:/bin",
-            "PYTHONPATH": os.pathsep.join([str(root()), str(TOYS.parent)]),
-            "HOME": str(self.home),
-            **SENTINELS,
-        }
-        self.process = subprocess.Popen(
-            [sys.executable, str(TOYS), function, str(self.run_dir), how],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env=environment,
-            cwd=folder,
-            start_new_session=True,
-        )
+        toys = (job_toys.start, function, str(self.run_dir), how)
+        self.fork = Forked(*toys, folder=folder, environment=toy_environment(folder))
+        self.process = psutil.Process(self.fork.process.pid)
 
     def end(self) -> tuple[int, str]:
-        output, _ = self.process.communicate(timeout=120)
-        return self.process.returncode, output
+        return self.fork.wait(120), self.fork.output()
 
     def workers(self, number: int) -> list[int]:
         """Ids of the working processes, once there are so many."""
         deadline = time.monotonic() + 100
         while len(found := [int(path.stem) for path in self.run_dir.glob("*.pid")]) < number:
-            assert time.monotonic() < deadline and self.process.poll() is None, "they did not start"
+            assert time.monotonic() < deadline and self.fork.process.is_alive(), "they did not start"
             time.sleep(0.1)
         return found
 
@@ -70,24 +58,26 @@ def started(tmp_path):
 
     yield start
     for one in all_started:
-        if one.process.poll() is None:
-            one.process.kill()
+        one.fork.kill()
 
 
 @slow
-def test_torchrun(started):
+def test_torchrun(tmp_path):
     """The environment's own python and torchrun, though PATH doesn't know them; all files below the run folder,
     and no token in one of them."""
-    one = started("write_rank", "torchrun")
-    code, output = one.end()
-    assert code == 0 and output.endswith("\nprogress of rank 0\n"), output
+    run_dir, home = tmp_path / "one", tmp_path / "home"
+    run_dir.mkdir()
+    home.mkdir()
+    command = [sys.executable, job_toys.__file__, "write_rank", str(run_dir), "torchrun"]
+    done = subprocess.run(command, env=toy_environment(home), cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and done.stdout == "progress of rank 0\n", done.stdout + done.stderr
     for rank in (0, 1):
-        assert (one.run_dir / f"rank{rank}").read_text() == sys.executable
-    assert (one.run_dir / "nemo.log").exists() and (one.run_dir / "nemo-rank1.log").exists()
-    assert (one.run_dir / "nemo-run" / "experiments").is_dir()
-    assert list(one.home.iterdir()) == [], "nothing in ~/.nemo_run"
-    assert files_with(["job_toys"], one.run_dir), "the search finds what NeMo-Run has packed"
-    assert files_with(list(SENTINELS.values()), one.run_dir) == []
+        assert (run_dir / f"rank{rank}").read_text() == sys.executable
+    assert (run_dir / "nemo.log").exists() and (run_dir / "nemo-rank1.log").exists()
+    assert (run_dir / "nemo-run" / "experiments").is_dir()
+    assert list(home.iterdir()) == [], "nothing in ~/.nemo_run"
+    assert files_with(["job_toys"], run_dir), "the search finds what NeMo-Run has packed"
+    assert files_with(list(SENTINELS.values()), run_dir) == []
 
 
 @slow
@@ -150,11 +140,11 @@ def test_a_killed_rank_is_told_from_those_that_fail_of_it(tmp_path, failures, ki
 def test_interrupted_torchrun_leaves_no_process(started, number, code):
     one = started("sleep", "torchrun")
     workers = one.workers(2)
-    family = psutil.Process(one.process.pid).children(recursive=True)
+    family = one.process.children(recursive=True)
     assert {process.pid for process in family} > set(workers)
     one.process.send_signal(number)
-    assert one.process.wait(timeout=60) == code
-    output = one.process.stdout.read()
+    assert one.fork.wait(60) == code
+    output = one.fork.output()
     assert "no checkpoint yet: the same command with id=one would start over" in output and "Traceback" not in output
     assert [process for process in family if process.is_running() and process.status() != "zombie"] == []
 
@@ -227,7 +217,6 @@ def test_marker_is_that_of_nemo():
 
 
 def test_a_frozen_recipe_is_read_back(tmp_path):
-    import job_toys
     import nemo_run as run
 
     from vlmsft.runtime import job

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 
 import lightning.pytorch as pl
 import pytest
@@ -89,21 +88,13 @@ def test_without_a_signal_nothing_changes(toy_trainer, noted):
 
 @pytest.mark.nemo  # no NeMo, but torch and nemo_run in three processes
 def test_a_signal_to_one_rank_ends_all_after_the_same_step(tmp_path):
-    import subprocess
+    import job_toys
+    from nemo_forks import Forked, environment
 
-    from vlmsft.config_files import root
-
-    toys = root() / "tests" / "job_toys.py"
     run_dir = tmp_path / "runs" / "toys" / "one"
     run_dir.mkdir(parents=True)
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(root()), str(toys.parent)])}
-    done = subprocess.run(
-        [sys.executable, str(toys), "train_together", str(run_dir), "torchrun"],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 143, done.stdout + done.stderr
+    toys = (job_toys.start, "train_together", str(run_dir), "torchrun")
+    launcher = Forked(*toys, folder=tmp_path, environment=environment())
+    assert launcher.wait(300) == 143, launcher.output()
     assert [(run_dir / f"step{rank}").read_text() for rank in (0, 1)] == ["3", "3"]
-    assert "Traceback" not in done.stdout
+    assert "Traceback" not in launcher.output()

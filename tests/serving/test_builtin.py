@@ -5,18 +5,14 @@ from __future__ import annotations
 import os
 import signal
 import socket
-import subprocess
-import sys
-import threading
+import time
 
 import httpx
 import pytest
+from nemo_forks import Forked, environment, run_module
 
-from vlmsft.config_files import root
 from vlmsft.errors import UserError
 from vlmsft.serving.builtin import bind, url_of
-
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(root())}
 
 
 def test_port_in_use():
@@ -39,22 +35,18 @@ def test_urls():
             assert url_of(host, listener) == f"http://{shown}:{listener.getsockname()[1]}"
 
 
-@pytest.mark.nemo  # NeMo is not imported, but a process that imports torch and transformers takes 10 to 40 s
+@pytest.mark.nemo  # NeMo is not needed, but a process that imports torch and transformers takes 10 to 40 s
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
 def test_starts_answers_and_ends(how, tmp_path, hf_folder):
     """The answer that runs when the signal comes is given whole."""
-    command = [sys.executable, "-u", "-m", "vlmsft.serve", f"model={hf_folder}", "port=0", "served_model_name=tiny"]
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path, env=ENVIRONMENT
-    )
-    watchdog = threading.Timer(120, process.kill)
-    watchdog.start()
+    command = (run_module, "vlmsft.serve", f"model={hf_folder}", "port=0", "served_model_name=tiny")
+    server = Forked(*command, folder=tmp_path, environment=environment(PYTHONUNBUFFERED="1"))
     try:
-        lines = []
-        while not any("openai.OpenAI" in line for line in lines):
-            line = process.stdout.readline()
-            assert line, process.communicate()[1]
-            lines.append(line)
+        deadline = time.monotonic() + 120
+        while "openai.OpenAI" not in server.output():
+            assert time.monotonic() < deadline and server.process.is_alive(), server.output()
+            time.sleep(0.1)
+        lines = server.output().splitlines()
         assert "tiny (float32 on " in lines[1] and "curl http://127.0.0.1:" in "".join(lines)
         url = lines[1].split()[-1]
         body = {"model": "tiny", "max_tokens": 60, "messages": [{"role": "user", "content": "こんにちは"}]}
@@ -62,12 +54,10 @@ def test_starts_answers_and_ends(how, tmp_path, hf_folder):
         with httpx.stream("POST", f"{url}/chat/completions", json={**body, "stream": True}, timeout=60) as response:
             chunks = response.iter_lines()
             next(chunks)
-            process.send_signal(how)
+            os.kill(server.process.pid, how)
             assert [line for line in chunks if line][-1] == "data: [DONE]"
         assert whole
-        error = process.communicate(timeout=60)[1]
+        assert server.wait(60) == (130 if how == signal.SIGINT else -signal.SIGTERM)
     finally:
-        watchdog.cancel()
-        process.kill()
-    assert "Traceback" not in error
-    assert process.returncode == (130 if how == signal.SIGINT else -signal.SIGTERM)
+        server.kill()
+    assert "Traceback" not in server.output()

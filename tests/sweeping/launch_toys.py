@@ -1,9 +1,8 @@
-"""`vlmsft.train` with trainings that cost nothing: python launch_toys.py -m key=value ... Imports no NeMo."""
+"""`vlmsft.train` with trainings that cost nothing: python -m launch_toys -m key=value ... Imports no NeMo."""
 
 from __future__ import annotations
 
 import os
-import sys
 import time
 from pathlib import Path
 
@@ -37,5 +36,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parent))
     main()

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from nemo_forks import Forked, environment, run_module
 from sweep_toys import starts
 
 from vlmsft.config_files import root
@@ -22,20 +23,21 @@ DEMO = ["-m", "experiment=demo", "hydra.launcher.max_parallel=2"]
 @pytest.fixture
 def run(tmp_path):
     """Runs a command in a folder of its own: exit code, and what it prints."""
-    paths = os.pathsep.join([str(HERE), str(root())])
-    environment = {**os.environ, "PYTHONPATH": paths, "WANDB_API_KEY": "0123456789abcdef0123456789abcdef01234567"}
 
     def run(*words: str) -> tuple[int, str]:
-        done = subprocess.run(
-            [sys.executable, *words], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
-        )
-        return done.returncode, done.stdout + done.stderr
+        command = Forked(run_module, *words, folder=tmp_path, environment=variables())
+        return command.wait(300), command.output()
 
     return run
 
 
+def variables() -> dict[str, str]:
+    secret = {"WANDB_API_KEY": "0123456789abcdef0123456789abcdef01234567"}
+    return environment(PYTHONPATH=os.pathsep.join([str(HERE), str(root())]), **secret)
+
+
 def train(run, *words: str) -> tuple[int, str]:
-    return run(str(HERE / "launch_toys.py"), *DEMO, *words)
+    return run("launch_toys", *DEMO, *words)
 
 
 def the_sweep(tmp_path: Path) -> Ledger:
@@ -63,11 +65,11 @@ def test_a_sweep_to_its_end_and_typed_again(run, tmp_path):
 
     code, output = train(run, *points, "strategy.tensor_model_parallel_size=1,3")
     assert code == 1 and [len(starts(row.run_dir)) for row in rows] == [1, 0, 1, 0], "nothing runs again"
-    code, output = run("-m", "vlmsft.sweep", "retry", ledger.id[:4], "job=2")
+    code, output = run("vlmsft.sweep", "retry", ledger.id[:4], "job=2")
     assert code == 1 and [len(starts(row.run_dir)) for row in rows] == [1, 0, 2, 0], output
-    code, output = run("-m", "vlmsft.sweep", "logs", ledger.id, "job=2")
+    code, output = run("vlmsft.sweep", "logs", ledger.id, "job=2")
     assert code == 0 and "ValueError: a bug" in output
-    code, output = run("-m", "vlmsft.sweep", "status")
+    code, output = run("vlmsft.sweep", "status")
     assert code == 0 and output.startswith(f"sweep {ledger.id}: 1 done, 1 failed, 2 infeasible\n")
 
     secret = "0123456789abcdef0123456789abcdef01234567"
@@ -92,9 +94,9 @@ def test_a_dry_run_starts_nothing_and_a_resume_does(run, tmp_path):
     assert code == 0 and "nothing was started: 2 pending" in output and "resume mine" in output
     ledger = the_sweep(tmp_path)
     assert ledger.id == "mine" and [row.state for row in ledger.jobs()] == ["pending"] * 2
-    code, output = run("-m", "vlmsft.sweep", "cancel", "mine", "job=1")
+    code, output = run("vlmsft.sweep", "cancel", "mine", "job=1")
     assert code == 0 and [row.state for row in ledger.jobs()] == ["pending", "cancelled"], output
-    code, output = run("-m", "vlmsft.sweep", "resume", "mine")
+    code, output = run("vlmsft.sweep", "resume", "mine")
     assert code == 0 and [row.state for row in ledger.jobs()] == ["done"] * 2, output
 
 
@@ -106,18 +108,18 @@ def test_a_detached_sweep_goes_on_in_the_background(run, tmp_path):
     ledger = the_sweep(tmp_path)
     try:
         wait_until(lambda: states_of(ledger) == ["running", "running", "pending"], ledger)
-        code, output = run("-m", "vlmsft.sweep", "status")
+        code, output = run("vlmsft.sweep", "status")
         assert code == 0 and output.startswith("sweep mine: 1 pending, 2 running\n"), output
-        code, output = run("-m", "vlmsft.sweep", "resume", "mine")
+        code, output = run("vlmsft.sweep", "resume", "mine")
         assert code == 2 and "sweep: found mine, which process" in output, output
         wait_until(lambda: starts(ledger.job(1).run_dir), ledger)  # a claimed job needs its time to start
-        code, output = run("-m", "vlmsft.sweep", "cancel", "mine", "job=1")
+        code, output = run("vlmsft.sweep", "cancel", "mine", "job=1")
         assert code == 0, output
         (tmp_path / "hold").unlink()
         wait_until(lambda: states_of(ledger) == ["done", "cancelled", "done"], ledger)
         assert [len(starts(row.run_dir)) for row in ledger.jobs()] == [1, 1, 1]
     finally:
-        run("-m", "vlmsft.sweep", "cancel", "mine")
+        run("vlmsft.sweep", "cancel", "mine")
 
 
 def states_of(ledger: Ledger) -> list[str]:
@@ -150,11 +152,9 @@ def test_a_sweep_of_which_no_job_can_run(run, tmp_path):
         (["seed=1,2", "hydra/launcher=basic"], "hydra/launcher: found basic, expected nemo_run"),
     ],
 )
-def test_what_is_wrong_starts_nothing(run, tmp_path, words, expected):
-    code, output = train_nothing(run, *words)
-    assert code == 2 and expected in output and "Traceback" not in output, output
+def test_what_is_wrong_starts_nothing(tmp_path, words, expected):
+    command = [sys.executable, "-m", "vlmsft.train", *DEMO[:2], *words]
+    done = subprocess.run(command, cwd=tmp_path, env=variables(), capture_output=True, text=True, timeout=300)
+    output = done.stdout + done.stderr
+    assert done.returncode == 2 and expected in output and "Traceback" not in output, output
     assert not (tmp_path / "runs" / "sweeps").exists() and not (tmp_path / "runs" / "demo").exists()
-
-
-def train_nothing(run, *words: str) -> tuple[int, str]:
-    return run("-m", "vlmsft.train", *DEMO[:2], *words)
