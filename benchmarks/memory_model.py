@@ -287,6 +287,7 @@ class Trainer:
             tiles_per_image=shape.tiles,
             bf16=self.on_gpu,
             lean_forward=self.model.config.lean_forward,
+            frozen_fp8=self.model.config.frozen_fp8,
         )
         parts = {name: value / GIB for name, value in vars(estimate).items()}
         whole = {"estimated_gib": estimate.training / GIB, "estimated_device_gib": estimate.device / GIB}

@@ -72,6 +72,13 @@ MAIN = (
     Case("vlmsft", "vlmsft", tuple(Phase(size) for size in (1, 2, 4, 8, 16))),
 )
 MORE = (
+    Case(
+        "vlmsft-fp8",
+        "vlmsft",
+        tuple(Phase(size, warm_up=2, steps=5) for size in (4, 8, 16)),
+        ("peft=lora", "model.config.frozen_fp8=tower"),
+        note="the tower in fp8",
+    ),
     Case("hf-long", "hf", (Phase(4, text_tokens=1024, warm_up=2, steps=4),)),
     Case(
         "vlmsft-shapes",
@@ -149,6 +156,7 @@ def device_gib(cfg: DictConfig, phase: Phase) -> float:
         text_tokens=phase.text_tokens,
         answer_tokens=phase.text_tokens - phase.text_tokens // 2,
         tiles_per_image=phase.tiles,
+        frozen_fp8=cfg.model.config.frozen_fp8,
     )
     return estimate.device / GIB
 

@@ -36,9 +36,9 @@ class Outcome:
 
 
 def compare(write: Write, on_gpu: bool) -> None:
-    """The whole model, one after the other: NeMo's stock classes in bf16; vlmsft's in bf16 as it trains; in fp32 with
-    torch's layers; that with other images. Weights are drawn anew for each, by their names, and rounded to bf16. What
-    fails is left out."""
+    """The whole model, one after the other: NeMo's stock classes in bf16; vlmsft's in bf16 as it trains; with the
+    tower's matrices in fp8; in fp32 with torch's layers; that with other images. Weights are drawn
+    anew for each, by their names, and rounded to bf16. What fails is left out."""
     set_up(on_gpu)
     cfg = compose(MAIN[-1], on_gpu, WITHOUT_DROPOUT, *([] if on_gpu else tiny_overrides()))
     sizes = cfg.model.config
@@ -49,6 +49,11 @@ def compare(write: Write, on_gpu: bool) -> None:
     models = (
         (lambda: build_stock(cfg, low, on_gpu), stock_inputs, {"NeMo's stock model, bf16": samples}),
         (lambda: build_ours(cfg, on_gpu, **precision(low)), ours_inputs, {"vlmsft, bf16": samples}),
+        (
+            lambda: build_ours(cfg, on_gpu, **precision(low), frozen_fp8="tower"),
+            ours_inputs,
+            {"vlmsft, bf16, the tower in fp8": samples},
+        ),
         (lambda: build_ours(cfg, on_gpu, **exactly), ours_inputs, {EXACT: samples, OTHER: others}),
     )
     found: dict[str, Outcome] = {}
@@ -94,6 +99,8 @@ def built(build: Callable[[], Any], cfg: DictConfig, on_gpu: bool) -> Iterator[A
         yield model
     finally:
         model.to("meta")  # whoever still refers to it
+        for module in model.modules():
+            vars(module).pop("quantised", None)  # no parameter, so it stayed
         free_memory(on_gpu)
 
 

@@ -30,6 +30,7 @@ def test_demo_has_none():
     assert problems("experiment=demo") == []
 
 
+FP8 = ["peft=lora", "model.config.frozen_fp8=tower"]
 FROZEN = [
     "model.config.freeze_language_model=true",
     "model.config.freeze_vision_model=true",
@@ -66,6 +67,12 @@ CASES = [
     (["trainer.limit_val_batches=-1"], "trainer.limit_val_batches", "at least 0"),
     ([f"+{TEXT}.cpu_offloading=true"], f"{TEXT}.cpu_offloading", "false"),
     ([f"+{TEXT}.fp8=hybrid"], f"{TEXT}.fp8", "null"),
+    (["model.config.frozen_fp8=tower"], "model.config.frozen_fp8", "null where something of the tower trains"),
+    (["peft=lora", "model.config.frozen_fp8=text"], "model.config.frozen_fp8", "tower or null"),
+    (["peft=lora_tower", "model.config.frozen_fp8=tower"], "model.config.frozen_fp8", "null where something"),
+    ([*FP8, "model.config.lean_forward=false"], "model.config.lean_forward", "null or true"),
+    ([*FP8, "strategy.tensor_model_parallel_size=2"], "strategy.tensor_model_parallel_size", "1 with"),
+    ([*FP8, f"{VISION}.ffn_hidden_size=120"], f"{VISION}.ffn_hidden_size", "a multiple of 16"),
     ([f"{VISION}.recompute_granularity=some"], f"{VISION}.recompute_granularity", "full, selective or null"),
     (
         [LEAN, "strategy.tensor_model_parallel_size=2", "trainer.devices=2"],
@@ -143,6 +150,13 @@ def test_problem_is_named(overrides, where, expected):
 
 def test_adapters_are_trained_where_all_weights_are_frozen():
     assert problems("experiment=demo", "peft=lora", *FROZEN) == []
+
+
+@pytest.mark.parametrize(
+    "overrides", [["peft=lora"], ["model.config.freeze_vision_model=true"]], ids=["LoRA", "frozen tower"]
+)
+def test_a_frozen_tower_can_be_in_fp8(overrides):
+    assert problems("experiment=demo", *overrides, "model.config.frozen_fp8=tower") == []
 
 
 def test_every_minimum_is_a_key():

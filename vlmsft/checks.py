@@ -111,6 +111,37 @@ def lean_forward_is_possible(facts: Facts) -> Iterator[Problem]:
         yield from needs_megatrons_layers(facts)
 
 
+def frozen_fp8_is_possible(facts: Facts) -> Iterator[Problem]:
+    """But for the GPU, which the model looks at when it is built."""
+    key, which = "model.config.frozen_fp8", facts["model.config.frozen_fp8"]
+    if which is None:
+        return
+    if which not in sizes.FP8_PARTS:
+        expected = f"{', '.join(sizes.FP8_PARTS)} or null"
+        yield Problem(key, repr(which), expected, nearest(str(which), sizes.FP8_PARTS))
+        return
+    yield from needs_megatrons_layers(facts, f"{key}={which}", f"{key}=null")
+    if facts["model.config.lean_forward"] is False:
+        expected = f"null or true with {key}"
+        yield Problem("model.config.lean_forward", "false", expected, "Megatron's classes have bf16 only")
+    if not _tower_is_frozen(facts):
+        remedy = "peft=lora or model.config.freeze_vision_model=true freezes it"
+        yield Problem(key, which, "null where something of the tower trains", remedy)
+    for name in [f"{VISION}.{width}" for width in ("hidden_size", "ffn_hidden_size")]:
+        if type(facts[name]) is int and facts[name] % sizes.FP8_MULTIPLE:
+            yield Problem(name, str(facts[name]), f"a multiple of {sizes.FP8_MULTIPLE} with {key}")
+
+
+def _tower_is_frozen(facts: Facts) -> bool:
+    if not any(facts[f"{of}.freeze_vision_model"] is True for of in ("model.config", "peft")):
+        return False
+    targets, known = facts["peft.target_modules"], shapes(facts.cfg)
+    if known is None or not isinstance(targets, list):
+        return True
+    matrices = [name for name in sizes.lora_matrices(*known) if ".vision_encoder." in name]
+    return not any(sizes.lora_hits(target, matrices) for target in targets if isinstance(target, str))
+
+
 def world_size_is_started(facts: Facts) -> Iterator[Problem]:
     configured = Facts(facts.cfg, None).world_size
     if facts.started is not None and configured is not None and facts.started != configured:
@@ -453,6 +484,7 @@ CHECKS: tuple[Callable[[Facts], Iterator[Problem]], ...] = (
     minima,
     unsupported_layers,
     lean_forward_is_possible,
+    frozen_fp8_is_possible,
     world_size_is_started,
     torchrun_is_one_node,
     cpu_and_gpu,

@@ -75,6 +75,7 @@ def memory(cfg: DictConfig) -> MemoryEstimate:
         data_parallel_size=facts.data_parallel_size,
         bf16=str(cfg.precision) != "32",
         lean_forward=has_plain_layers(facts),
+        frozen_fp8=facts["model.config.frozen_fp8"],
     )
 
 
@@ -83,33 +84,35 @@ def has_plain_layers(facts: Facts) -> bool:
     return facts["model.config.lean_forward"] is not False and next(needs_megatrons_layers(facts), None) is None
 
 
-def needs_megatrons_layers(facts: Facts) -> Iterator[Problem]:
-    """What of a config the functions of vlmsft.mllama.lean don't do, as problems of model.config.lean_forward=true.
+def needs_megatrons_layers(
+    facts: Facts, asked: str = "model.config.lean_forward=true", instead: str = "model.config.lean_forward=null"
+) -> Iterator[Problem]:
+    """What of a config the functions of vlmsft.mllama.lean don't do, as problems of `asked`, which needs them.
 
     The built model may know more (lean.Checked): a callback's hooks, a PEFT method that is not NeMo's.
     """
-    remedy = "Or model.config.lean_forward=null"
+    remedy = f"Or {instead}"
     tp, overlaps = facts[TENSOR_PARALLEL], "strategy.ddp.overlap_param_gather"
     if type(tp) is int and tp > 1:
-        yield Problem(TENSOR_PARALLEL, str(tp), "1 with model.config.lean_forward=true", remedy)
+        yield Problem(TENSOR_PARALLEL, str(tp), f"1 with {asked}", remedy)
     if facts[overlaps] is True:
-        yield Problem(overlaps, "true", "false with model.config.lean_forward=true", remedy)
+        yield Problem(overlaps, "true", f"false with {asked}", remedy)
     for part in (TEXT, VISION):
         for name, values in PLAIN_VALUES.items():
             found = facts[f"{part}.{name}"]
             if found is not None and found not in values:
                 expected = " or ".join("null" if value is None else str(value).lower() for value in values)
                 where = f"{part}.{name}"
-                yield Problem(where, str(found), f"{expected} with model.config.lean_forward=true", remedy)
-    yield from _unknown_adapters(facts, remedy)
+                yield Problem(where, str(found), f"{expected} with {asked}", remedy)
+    yield from _unknown_adapters(facts, asked, remedy)
 
 
-def _unknown_adapters(facts: Facts, remedy: str) -> Iterator[Problem]:
+def _unknown_adapters(facts: Facts, asked: str, remedy: str) -> Iterator[Problem]:
     kind, dropout = facts["peft._target_"], facts["peft.dropout"]
     if isinstance(kind, str) and kind.rpartition(".")[2] in ("DoRA", "CanonicalLoRA"):
-        yield Problem("peft._target_", kind, "NeMo's LoRA with model.config.lean_forward=true", remedy)
+        yield Problem("peft._target_", kind, f"NeMo's LoRA with {asked}", remedy)
     if facts["peft.dropout_position"] == "post" and dropout:
-        yield Problem("peft.dropout_position", "post", "pre with model.config.lean_forward=true", remedy)
+        yield Problem("peft.dropout_position", "post", f"pre with {asked}", remedy)
 
 
 def training(cfg: DictConfig) -> Training:

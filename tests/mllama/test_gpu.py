@@ -46,7 +46,7 @@ def nccl():
     torch.distributed.destroy_process_group()
 
 
-def build_ours(dtype, layers):
+def build_ours(dtype, layers, **settings):
     from vlmsft.mllama.config import MLlamaConfig, TextConfig, VisionConfig
 
     config = MLlamaConfig(
@@ -54,6 +54,7 @@ def build_ours(dtype, layers):
         language_model_config=TextConfig(**TEXT),
         vision_model_config=VisionConfig(**VISION),
         **precision(dtype),
+        **settings,
     )
     return config.configure_model().cuda()
 
@@ -144,6 +145,106 @@ def test_losses_and_gradients_of_stock_and_ours_are_equally_far_from_fp32(refere
     print({"case": name, "ours": of_ours, "stock": of_stock, "other images": others})
     assert ours.language_model.decoder.is_lean
     assert_equally_far(of_stock, of_ours, others)
+
+
+class TestFp8:
+    """The frozen tower in fp8 (vlmsft.mllama.fp8). Figures of the full model: benchmarks/train_gpu.py --compare."""
+
+    @pytest.mark.parametrize("width", [1280, 5120])
+    def test_kernel_computes_what_torchs_functions_do(self, width):
+        from vlmsft.mllama import fp8, fp8_rows
+
+        generator = torch.Generator("cuda").manual_seed(width)
+        rows, branch, weight, bias = (
+            torch.randn(*shape, width, generator=generator, device="cuda", dtype=torch.bfloat16)
+            for shape in ((1777,), (1777,), (), ())
+        )
+        norm, gate = fp8_rows.Norm(weight, bias, 1e-5), torch.tensor([0.7], device="cuda", dtype=torch.bfloat16)
+
+        def outcomes():
+            yield fp8_rows.quantise_rows(rows)
+            yield fp8_rows.norm_quantise(rows, norm)
+            for tanh in (True, False):
+                yield fp8_rows.gelu_quantise(rows, bias, tanh)
+            for one in (gate, None):
+                rounded, summed = fp8_rows.add_norm_quantise(rows, branch, one, norm)
+                yield rounded
+                yield fp8.quantise(summed)
+
+        found = list(outcomes())
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            monkeypatch.setattr(fp8_rows, "_has_kernel", lambda rows: False)
+            expected = list(outcomes())
+        for (number, scale), (expected_number, expected_scale) in zip(found, expected, strict=True):
+            assert torch.allclose(scale, expected_scale, rtol=2**-7)
+            apart = number.float() * scale - expected_number.float() * expected_scale
+            # where e4m3 has two neighbours to choose from, one may take the other: a step of up to 1/8
+            assert float(apart.norm()) < 0.02 * float((expected_number.float() * expected_scale).norm())
+
+    @pytest.mark.parametrize("number", [1, 2048, 1777])
+    def test_product(self, number):
+        from vlmsft.mllama import fp8
+
+        generator = torch.Generator("cuda").manual_seed(number)
+        rows, weight = (
+            torch.randn(*shape, generator=generator, device="cuda", dtype=torch.bfloat16)
+            for shape in ((number, 1280), (5120, 1280))
+        )
+        found, expected = fp8.multiply(fp8.quantise(rows), fp8.quantise(weight)), rows.float() @ weight.float().t()
+        # two factors of 3 bits behind the leading one: 0.0374 for normally distributed ones
+        assert 0.03 < float((found.float() - expected).norm() / expected.norm()) < 0.045
+
+    @pytest.mark.parametrize("name", ["mixed tile counts", "images in a row", "text-only beside images"])
+    def test_distance_from_fp32(self, reference, name):
+        """Logits, losses and gradients of LoRA on the text decoder; bf16 and other images beside it."""
+        exact, in_bf16, in_fp8 = (
+            with_text_lora(copy_weights(reference, build_ours(dtype, "transformer_engine", frozen_fp8=eight)))
+            for dtype, eight in ((torch.float32, None), (torch.bfloat16, None), (torch.bfloat16, "tower"))
+        )
+        batch, others = make_batch(CASES[name]), swap_images(make_batch(CASES[name]))
+        labels = batch["labels"].cuda()
+        expected, logits = outcome(exact, inputs_of(on_gpu(batch)), labels), logits_of(exact, batch)
+        far = {}
+        for what, model, given in (("bf16", in_bf16, batch), ("fp8", in_fp8, batch), ("others", exact, others)):
+            of_logits = float((logits_of(model, given) - logits).square().mean().sqrt())
+            of_labels = apart(outcome(model, inputs_of(on_gpu(given)), labels), expected)
+            far[what] = {"logits": of_logits, "losses": of_labels.losses, "gradients": of_labels.gradients}
+        print({"case": name, **far})
+        layer = in_fp8.vision_model.vision_encoder.transformer.layers[0]
+        assert layer.mlp.linear_fc1.quantised is not None
+        for of in ("logits", "losses", "gradients"):
+            assert 1.2 * far["bf16"][of] < far["fp8"][of] < 10 * far["bf16"][of], of
+            assert far["others"][of] > 1.5 * far["fp8"][of], of
+
+    def test_a_step_never_waits_for_the_gpu(self, reference):
+        model = with_text_lora(
+            copy_weights(reference, build_ours(torch.bfloat16, "transformer_engine", frozen_fp8="tower"))
+        )
+        batch = inputs_of(on_gpu(make_batch(CASES["images in a row"])), labels=True)
+        for _ in range(3):
+            model(**batch).mean().backward()
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            model(**batch).mean().backward()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+def with_text_lora(model):
+    from nemo.collections.llm.fn.base import walk
+    from nemo.collections.vlm.peft import LoRA
+
+    model.requires_grad_(False)
+    targets = [f"*language_model.*.{name}" for name in ("linear_qkv", "linear_q", "linear_kv")]
+    walk(model, LoRA(target_modules=targets, dim=4, alpha=8, dropout=0.0).transform)
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if ".adapter." in name:
+                scale = 0.1 if "linear_out" in name else 1.0
+                p.copy_(torch.randn(p.shape, generator=generator) * scale / p.shape[1] ** 0.5)
+    return model.cuda()
 
 
 @pytest.fixture(scope="module")

@@ -81,6 +81,7 @@ TRANSFORMER_ENGINE_GIB = [
     (FEW, FULL, {}, 2, 256, 2, 68.6),
     (FEW, FULL, IN_TOWER_AGAIN, 4, 256, 2, 56.8),
 ]
+TOWER_MATRICES = (32 + 8) * 1280 * (4 * 1280 + 2 * 5120)
 LEAN_WITHIN = 0.003  # 0.22 % at most; a plan needs 10 %, but a term that is lost or counted twice shows in less
 WITHIN = 0.02
 
@@ -182,6 +183,18 @@ def test_frozen_parts_cost_their_weights_only():
     assert adapters.gradients == 4 * lora_count(TEXT_11B, VISION_11B, 8, IN_TEXT).total
     assert adapters.activations < frozen.activations < full.activations
     assert estimate(lora(EVERYWHERE)).activations > 2 * adapters.activations, "the tower is kept for its adapters"
+
+
+@pytest.mark.parametrize(
+    ("training", "copies"),
+    [(TEXT_LORA, TOWER_MATRICES), (TOWER_LORA, 0), (FROZEN_TOWER, TOWER_MATRICES), (FULL, 0)],
+    ids=["LoRA on text", "LoRA everywhere", "frozen tower", "full"],
+)
+def test_the_frozen_tower_in_fp8_costs_a_byte_a_number(training, copies):
+    plain, in_fp8 = (estimate(training, frozen_fp8=which) for which in (None, "tower"))
+    assert in_fp8.weights - plain.weights == copies
+    assert in_fp8.training - plain.training == pytest.approx(copies)
+    assert in_fp8.build == plain.build, "made at the first forward pass"
 
 
 def test_where_the_backward_pass_goes():

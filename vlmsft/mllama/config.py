@@ -117,6 +117,8 @@ class MLlamaConfig(MLlamaModelConfig):
     layers: transformer_engine, torch, or auto (TransformerEngine with a CUDA GPU, torch elsewhere)
     lean_forward: layers as plain functions (vlmsft.mllama.lean) rather than through Megatron's classes; None: wherever
         nothing needs these. True where something does: forward raises UserError with the reason
+    frozen_fp8: tower: products with the matrices of its layers in fp8 (vlmsft.mllama.fp8) as long as nothing of it
+        trains; in plain functions only
     freeze_language_model, freeze_vision_model, freeze_vision_projection: no gradients for the text decoder
         (cross-attention included), the tower, the projector
     gate_init: what a fresh model's gates hold. Meta's 0 lets a finished text model learn to see without forgetting; a
@@ -128,6 +130,7 @@ class MLlamaConfig(MLlamaModelConfig):
     layers: str = "auto"
     gate_init: float = 0.0
     lean_forward: bool | None = None
+    frozen_fp8: str | None = None
     freeze_language_model: bool = False
     freeze_vision_model: bool = False
     freeze_vision_projection: bool = False
@@ -149,8 +152,9 @@ class MLlamaConfig(MLlamaModelConfig):
 
         Raises ValueError for what this model doesn't do (pipeline and context parallelism, fp8, sequence parallelism
         without tensor parallelism or in the tower) and for sizes that don't fit each other; vlmsft.checks names the
-        keys before a run comes this far.
+        keys before a run comes this far. UserError for a frozen_fp8 that can't be.
         """
+        from vlmsft.mllama import fp8
         from vlmsft.mllama.model import MLlamaBase
 
         text, vision = self.language_model_config, self.vision_model_config
@@ -158,6 +162,8 @@ class MLlamaConfig(MLlamaModelConfig):
         problems = self._unsupported() + vision.problems()
         if problems:
             raise ValueError("; ".join(problems))
+        if self.frozen_fp8 is not None:
+            fp8.require_possible(self.frozen_fp8)
         for part in (text, vision):
             part.layers = self.layers
             for name in _FOLLOW_TOP:

@@ -22,7 +22,9 @@ from nemo.collections.llm.peft.lora import LoRALinear
 from nemo.collections.llm.peft.utils import ParallelLinearAdapter
 from torch import Tensor, nn
 
+from vlmsft.mllama import fp8
 from vlmsft.mllama.attention import CrossPlan, TowerPlan, attend, attend_runs
+from vlmsft.mllama.fp8_rows import Norm, add_norm_quantise, gelu_quantise, norm_quantise, quantise_rows
 from vlmsft.mllama.plain_values import PLAIN_VALUES
 
 
@@ -328,23 +330,45 @@ def tower_layer(layer: Any, x: Tensor, plan: TowerPlan) -> Tensor:
     Kernels of cuBLAS and torch one by one: with 6432 tokens an image the host is ahead of the GPU, and torch's own
     layer norm is faster at this width than torch.compile's or TransformerEngine's.
     """
-    attention, mlp, width = layer.self_attention, layer.mlp, x.shape[-1]
-    heads = heads_of(attention)
-    rows = x.view(-1, width)
-    qkv = _project(_layer_norm(rows, layer.input_layernorm, layer), linear_of(attention.linear_qkv))
-    # a head's query, key and value stand together
-    query, key, value = qkv.view(-1, 1, heads.heads, 3 * heads.head_dim).chunk(3, dim=-1)
-    attended = attention.core_attention(query, key, value, attention_bias=plan).view(-1, width)
+    attention, mlp, rows = layer.self_attention, layer.mlp, x.view(-1, x.shape[-1])
+    if getattr(attention.linear_qkv, "quantised", None) is not None:
+        return _tower_layer_in_fp8(layer, rows, plan).view_as(x)
+    qkv = _project(_layer_norm(rows, _norm(layer.input_layernorm, layer)), linear_of(attention.linear_qkv))
+    attended = _attend_tower(attention, qkv, plan)
     rows = layer.add(rows, _project(attended, linear_of(attention.linear_proj)), None, "gate_attn")
-    inner = _linear_gelu(
-        _layer_norm(rows, layer.pre_mlp_layernorm, layer), linear_of(mlp.linear_fc1), mlp.config.bias_activation_fusion
-    )
+    normalised = _layer_norm(rows, _norm(layer.pre_mlp_layernorm, layer))
+    inner = _linear_gelu(normalised, linear_of(mlp.linear_fc1), mlp.config.bias_activation_fusion)
     fc2 = linear_of(mlp.linear_fc2)
     return layer.add(rows, _project(inner, fc2._replace(bias=None)), fc2.bias, "gate_ffn").view_as(x)
 
 
-def _layer_norm(rows: Tensor, norm: Any, layer: Any) -> Tensor:
-    return F.layer_norm(rows, norm.weight.shape, norm.weight, norm.bias, layer.config.layernorm_epsilon)
+def _tower_layer_in_fp8(layer: Any, rows: Tensor, plan: TowerPlan) -> Tensor:
+    """(N, H) -> the same, of a layer in which nothing trains. What makes the activations rounds them as well."""
+    attention, mlp = layer.self_attention, layer.mlp
+    linears = (attention.linear_qkv, attention.linear_proj, mlp.linear_fc1, mlp.linear_fc2)
+    qkv, proj, fc1, fc2 = (linear.quantised for linear in linears)
+    normalised = norm_quantise(rows, _norm(layer.input_layernorm, layer))
+    attended = _attend_tower(attention, fp8.multiply(normalised, qkv), plan)
+    branch, gate = fp8.multiply(quantise_rows(attended), proj), layer.gate_attn if layer.gated else None
+    normalised, rows = add_norm_quantise(rows, branch, gate, _norm(layer.pre_mlp_layernorm, layer))
+    inner = gelu_quantise(fp8.multiply(normalised, fc1), mlp.linear_fc1.bias, mlp.config.bias_activation_fusion)
+    return layer.add(rows, fp8.multiply(inner, fc2), mlp.linear_fc2.bias, "gate_ffn")
+
+
+def _attend_tower(attention: Any, qkv: Tensor, plan: TowerPlan) -> Tensor:
+    """(N, 3 * H) -> (N, H)."""
+    heads = heads_of(attention)
+    # a head's query, key and value stand together
+    query, key, value = qkv.view(-1, 1, heads.heads, 3 * heads.head_dim).chunk(3, dim=-1)
+    return attention.core_attention(query, key, value, attention_bias=plan).view(-1, heads.heads * heads.head_dim)
+
+
+def _norm(norm: Any, layer: Any) -> Norm:
+    return Norm(norm.weight, norm.bias, layer.config.layernorm_epsilon)
+
+
+def _layer_norm(rows: Tensor, norm: Norm) -> Tensor:
+    return F.layer_norm(rows, norm.weight.shape, norm.weight, norm.bias, norm.eps)
 
 
 def _linear_gelu(rows: Tensor, linear: Linear, tanh: bool) -> Tensor:

@@ -16,7 +16,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
-from vlmsft.mllama.sizes import GIB, Count, TextShape, VisionShape, lora_matrices, parameter_counts
+from vlmsft.mllama.sizes import (
+    GIB,
+    Count,
+    TextShape,
+    VisionShape,
+    lora_matrices,
+    parameter_counts,
+    tower_matrices,
+)
 
 WORKSPACE_BYTES = 0.1 * GIB
 """cuBLAS' and TransformerEngine's workspaces, 32 MiB each on Hopper, which torch's allocator holds."""
@@ -141,6 +149,7 @@ def memory_estimate(
     distributed_optimizer: bool = True,
     bf16: bool = True,
     lean_forward: bool | None = None,
+    frozen_fp8: str | None = None,
 ) -> MemoryEstimate:
     """Estimate of one GPU's memory for full fine-tuning or LoRA, PP = CP = 1.
 
@@ -148,6 +157,7 @@ def memory_estimate(
     tiles_per_image: real tiles (None = max_num_tiles); the tower always computes with max_num_tiles of them
     lean_forward: layers as functions (None: with tensor_model_parallel_size 1). Without it the layers are
         TransformerEngine's
+    frozen_fp8: model.config.frozen_fp8
     Formulas: `training_bytes`, `building_bytes` and `activation_bytes`.
     """
     tp = tensor_model_parallel_size
@@ -158,6 +168,7 @@ def memory_estimate(
     trained = sum(count.per_rank(tp) for part, count in counts.items() if trains[part]) + lora.per_rank(tp)
     shards = data_parallel_size if distributed_optimizer else 1
     weights, gradients, optimizer = training_bytes(held, trained, bf16=bf16, optimizer_shards=shards)
+    weights += fp8_bytes(vision, training, frozen_fp8)
 
     tiles = vision.max_num_tiles if tiles_per_image is None else tiles_per_image
     images = micro_batch_size * images_per_sample
@@ -192,6 +203,15 @@ def training_bytes(held: int, trained: int, *, bf16: bool, optimizer_shards: int
     grad_reduce_in_fp32; of bf16 ones the optimizer's step would make an fp32 copy.
     """
     return (2 if bf16 else 4) * held, 4 * trained, (12 if bf16 else 8) * trained / optimizer_shards
+
+
+def fp8_bytes(vision: VisionShape, training: Training, which: str | None) -> int:
+    """Of the frozen matrices' copies (fp8.FrozenMatrices), which the first forward pass makes; which: frozen_fp8.
+
+    Their scales, less than a hundredth of that, are left out, and what the tower's passes save: the text decoder's are
+    the peak.
+    """
+    return tower_matrices(vision) if which is not None and not training.through_tower else 0
 
 
 def building_bytes(

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from vlmsft.data.blend import SET_KEY, SET_NAMES_KEY
 from vlmsft.errors import Problem, UserError
-from vlmsft.mllama import lean
+from vlmsft.mllama import fp8, lean
 from vlmsft.mllama.attention import CrossPlan, plan_cross_attention, unseen_plan
 from vlmsft.mllama.config import MLlamaConfig
 from vlmsft.mllama.layers import find_norm_linears, tell_wrapped_norms
@@ -48,6 +48,7 @@ class MLlamaBase(MLlamaBaseModel):
         self._freeze(config)
         self._norm_linears = find_norm_linears(self)
         self._checked: lean.Checked | None = None
+        self._frozen_matrices: fp8.FrozenMatrices | None = None
         self._has_run = False
         self._megatron_because: str | None = None
 
@@ -114,6 +115,8 @@ class MLlamaBase(MLlamaBaseModel):
         if reason and self.config.lean_forward:
             problem = Problem("model.config.lean_forward", "true", f"null or false where {reason}")
             raise UserError(problem, state="stopped at a forward pass")
+        if self.config.frozen_fp8 is not None:
+            self._quantise(self.config.frozen_fp8, reason)
         if self._has_run and reason != self._megatron_because:  # the summary at the start tells the first
             what = f"Megatron's classes: {reason}" if reason else "plain functions"
             logger.info("from now on layers run as %s", what)
@@ -122,6 +125,14 @@ class MLlamaBase(MLlamaBaseModel):
             part.is_lean = reason is None
         if reason:
             tell_wrapped_norms(self._norm_linears)
+
+    def _quantise(self, which: str, megatron_because: str | None) -> None:
+        if megatron_because:
+            expected = "null where layers run as Megatron's classes"
+            raise UserError(Problem(fp8.KEY, f"{which}, but {megatron_because}", expected))
+        if self._frozen_matrices is None:
+            self._frozen_matrices = fp8.FrozenMatrices(self.vision_model.vision_encoder)
+        self._frozen_matrices.update()
 
     def _without_images(self, tokens: Tensor, labels: Tensor | None, answer_rows: Tensor | None) -> Tensor:
         """Where ranks communicate layer by layer, a rank without images has to go through the layers as the others do:

@@ -16,6 +16,10 @@ GIB = 1024**3
 NUM_EXTRA_EMBEDDINGS = 8
 # The tower pads each tile's tokens to a multiple of 8, as HF does (NeMo mllama/model/vision.py)
 TOKEN_MULTIPLE = 8
+FP8_PARTS = ("tower",)
+"""Of whose frozen matrices model.config.frozen_fp8 makes copies."""
+# What torch._scaled_mm wants both sizes of a matrix to be a multiple of
+FP8_MULTIPLE = 16
 # transformers' supported aspect ratios for four tiles; id 0 stands for "no image"
 NUM_ASPECT_RATIOS = 8
 
@@ -152,6 +156,12 @@ def tower_count(vision: VisionShape) -> Count:
     embeddings = Count(0, h + vision.tokens_per_tile * h + tiles * vision.tokens_per_tile + 1 + 2 * (tiles + 1))
     outer_norms = Count(0, 4 * h)
     return layer * (vision.num_layers + vision.num_global_layers) + gates + patches + embeddings + outer_norms
+
+
+def tower_matrices(vision: VisionShape) -> int:
+    """Numbers in the matrices of the tower's layers."""
+    h = vision.hidden_size
+    return (4 * h * h + 2 * h * vision.ffn_size) * (vision.num_layers + vision.num_global_layers)
 
 
 def projector_count(vision: VisionShape) -> Count:

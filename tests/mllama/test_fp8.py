@@ -1,0 +1,249 @@
+"""The frozen tower in fp8: what the products are, how far losses and gradients get from fp32, what is left alone."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import asdict
+
+import pytest
+import torch
+from bf16_cases import apart, outcome, precision
+from mllama_cases import CASES, TARGETS, build, inputs_of, make_batch, swap_images, with_lora
+from test_bf16 import copy_weights, draw_adapters
+
+from vlmsft.errors import UserError
+from vlmsft.mllama import fp8
+
+pytestmark = [pytest.mark.nemo, pytest.mark.usefixtures("megatron")]
+
+
+IN_TEXT = [f"*language_model.*.{name}" for name in ("linear_qkv", "linear_q", "linear_kv")]
+
+
+class TestProducts:
+    def test_each_row_has_its_scale(self):
+        rows = torch.tensor([[1.0, -448.0], [448e-6, 1e-6], [0.0, 0.0], [3e30, 1e30]])
+        quantised, scale = fp8.quantise(rows)
+        assert quantised.dtype == torch.float8_e4m3fn and scale.shape == (4, 1)
+        found = quantised.float() * scale
+        assert torch.allclose(found, rows, rtol=2**-4, atol=0)
+        assert torch.equal(found[2], rows[2])
+
+    def test_the_largest_number_is_held_whatever_it_is(self):
+        """Rounded up to more than e4m3 holds, it would be NaN."""
+        rows = torch.rand(4096, 1, generator=torch.Generator().manual_seed(0)) * 1e3
+        quantised, scale = fp8.quantise(rows.bfloat16())
+        assert torch.allclose(quantised.float() * scale, rows, rtol=2**-8)
+
+    @pytest.mark.parametrize("number", [1, 7, 48])
+    def test_product_is_that_of_rounded_factors(self, number):
+        generator = torch.Generator().manual_seed(number)
+        weight = torch.randn(96, 64, generator=generator) * torch.logspace(-3, 3, 96).unsqueeze(1)
+        rows = torch.randn(number, 64, generator=generator).bfloat16()
+        found = fp8.multiply(fp8.quantise(rows), fp8.quantise(weight.bfloat16()))
+        assert found.dtype == torch.bfloat16
+        expected = rounded(rows) @ rounded(weight.bfloat16()).t()
+        assert torch.allclose(found.float(), expected, rtol=1e-2, atol=1e-2 * float(weight.norm()) / 96)
+
+
+def rounded(rows):
+    quantised, scale = fp8.quantise(rows)
+    return quantised.float() * scale
+
+
+KERNEL = """
+import os
+os.environ["TRITON_INTERPRET"] = "1"
+import torch
+from vlmsft.mllama import fp8_kernels, fp8_rows
+fp8_kernels.E4M3 = torch.float32  # the interpreter's own rounding to e4m3 is off
+def quantise(rows):
+    largest = rows.abs().amax(1, keepdim=True).clamp(min=1e-12)
+    return rows * (448 / largest), largest / 448
+fp8_rows.quantise = quantise
+flat = lambda rounded, summed: (*rounded, summed)
+torch.manual_seed(0)
+for width in (48, 80):
+    x, branch, weight, bias = (torch.randn(*shape, width) for shape in ((7,), (7,), (), ()))
+    x[2] = 0
+    norm, gate = fp8_rows.Norm(weight, bias, 1e-5), torch.tensor([0.7])
+    calls = [
+        lambda: fp8_rows.norm_quantise(x, norm),
+        lambda: fp8_rows.quantise_rows(x),
+        lambda: fp8_rows.gelu_quantise(x, bias, True),
+        lambda: fp8_rows.gelu_quantise(x, bias, False),
+        lambda: flat(*fp8_rows.add_norm_quantise(x, branch, gate, norm)),
+        lambda: flat(*fp8_rows.add_norm_quantise(x, branch, None, norm)),
+    ]
+    for call in calls:
+        found = []
+        for has_kernel in (True, False):
+            fp8_rows._has_kernel = lambda rows: has_kernel
+            found.append(call())
+        for one, other in zip(*found, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-3)
+        print("same")
+"""
+
+
+def test_the_kernel_computes_what_torchs_functions_do():
+    """In Triton's interpreter, in a process of its own: Triton reads the switch when it is imported."""
+    pytest.importorskip("triton")
+    done = subprocess.run([sys.executable, "-c", KERNEL], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("same") == 2 * 6
+
+
+MODELS = {"fp32": {}, "bf16": {}, "fp8": {"frozen_fp8": "tower"}}
+
+
+@pytest.fixture(scope="module")
+def models(megatron):
+    """LoRA on the text decoder in fp32, in bf16, and in bf16 with the tower in fp8; the same weights."""
+    from nemo.collections.llm.fn.base import walk
+    from nemo.collections.vlm.peft import LoRA
+
+    low = precision(torch.bfloat16)
+    found = {name: build(**({} if name == "fp32" else low), **fp8).module for name, fp8 in MODELS.items()}
+    for model in found.values():
+        model.requires_grad_(False)
+        walk(model, LoRA(target_modules=IN_TEXT, dim=4, alpha=8).transform)
+    draw_adapters(found["fp32"])
+    for model in found.values():
+        copy_weights(found["fp32"], model)
+    return {name: model if name == "fp32" else model.bfloat16() for name, model in found.items()}
+
+
+@pytest.mark.parametrize("name", ["four tiles", "mixed tile counts", "several images", "images in a row"])
+def test_distance_from_fp32(models, name, record_property):
+    """Three to four times as far as bf16's; other images are more than five times as far as that. docs/one_gpu.md has
+    the full model's figures."""
+    batch = make_batch(CASES[name])
+    found = {of: distance(model, batch, models["fp32"], batch) for of, model in models.items() if of != "fp32"}
+    found["others"] = distance(models["fp32"], swap_images(batch), models["fp32"], batch)
+    record_property("from fp32", found)
+    print({"case": name, **found})
+    for of in ("losses", "gradients", "logits"):
+        bf16, in_fp8, others = (values[of] for values in found.values())
+        assert 1.5 * bf16 < in_fp8 < 6 * bf16, of
+        assert others > 5 * in_fp8, of
+
+
+def distance(model, batch, exact, exact_batch):
+    labels = batch["labels"]
+    outcomes = apart(outcome(model, inputs_of(batch), labels), outcome(exact, inputs_of(exact_batch), labels))
+    logits = logits_of(model, batch) - logits_of(exact, exact_batch)
+    return {**asdict(outcomes), "logits": float(logits.square().mean().sqrt())}
+
+
+@torch.no_grad()
+def logits_of(model, batch):
+    return model(**inputs_of(batch)).float()
+
+
+def test_adapters_train_as_in_bf16(models):
+    """Ten steps on one micro batch: the losses stay together while they fall."""
+    batch = make_batch(CASES["mixed tile counts"])
+    mask, falls = batch["labels"] != -100, []
+    for model in models.values():
+        before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+        optimizer, losses = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.02), []
+        for _ in range(10):
+            optimizer.zero_grad()
+            loss = model(**inputs_of(batch, labels=True)).float()[mask].mean()
+            loss.backward()
+            optimizer.step()
+            losses.append(float(loss))
+        optimizer.zero_grad()
+        falls.append(losses)
+        with torch.no_grad():
+            for name, value in before.items():
+                model.get_parameter(name).copy_(value)
+    exact, _, in_fp8 = falls
+    print([[round(loss, 3) for loss in losses] for losses in falls])
+    assert exact[-1] < exact[0] - 1
+    assert max(abs(a - b) for a, b in zip(in_fp8, exact, strict=True)) < 0.1 * (exact[0] - exact[-1])
+
+
+def matrices(model):
+    """{name: module} of all that fp8 could hold."""
+    tower = model.module.vision_model.vision_encoder
+    named = {name: module for name, module in tower.named_modules() if name.rpartition(".")[2] in fp8.MATRICES}
+    return {name: getattr(module, "to_wrap", module) for name, module in named.items()}
+
+
+class TestWhatIsRounded:
+    @pytest.mark.parametrize("targets", [None, TARGETS], ids=["full", "LoRA on text and tower"])
+    def test_no_tower_that_trains(self, targets):
+        """Its passes have no gradient in fp8."""
+        batch = inputs_of(make_batch(CASES["mixed tile counts"]), labels=True)
+        model = build(frozen_fp8="tower") if targets is None else with_lora(targets, frozen_fp8="tower")
+        model(**batch).sum().backward()
+        assert all(module.quantised is None for module in matrices(model).values())
+
+    def test_a_frozen_tower_and_nothing_else_of_the_model_sees_it(self):
+        model = with_lora(IN_TEXT, frozen_fp8="tower")
+        weights = {name: p.detach().clone() for name, p in model.named_parameters()}
+        model(**inputs_of(make_batch(CASES["mixed tile counts"]), labels=True)).sum().backward()
+        found = matrices(model)
+        assert len(found) == 6 * 4
+        assert sum(module.quantised[0].nbytes for module in found.values()) == counted(model)
+        for name, p in model.named_parameters():
+            assert torch.equal(p, weights[name])
+            assert (p.grad is not None) == (".adapter." in name), name
+        assert set(model.state_dict()) == set(with_lora(IN_TEXT).state_dict())
+
+    def test_a_changed_matrix_is_rounded_anew(self):
+        model, batch = build(freeze_vision_model=True, frozen_fp8="tower"), inputs_of(make_batch(CASES["two tiles"]))
+        name = "module.vision_model.vision_encoder.transformer.layers.1.mlp.linear_fc1"
+        with torch.no_grad():
+            first, module = model(**batch), model.get_submodule(name)
+            kept = module.quantised
+            model(**batch)
+            assert module.quantised is kept
+            module.weight.mul_(0.5)
+            second = model(**batch)
+            module.weight.data = 2 * module.weight.data
+            third = model(**batch)
+        assert not torch.equal(first, second)
+        assert torch.equal(first, third)
+
+
+def counted(model):
+    """What a plan counts for them."""
+    from vlmsft.mllama.memory import fp8_bytes
+    from vlmsft.runtime.summary import mllama_shapes, training_of
+
+    shapes = mllama_shapes(model)
+    assert shapes is not None
+    return fp8_bytes(shapes[1], training_of(model), "tower")
+
+
+class TestRefused:
+    def test_megatrons_classes(self):
+        with pytest.raises(UserError, match="frozen_fp8: found tower, but lean_forward is false"):
+            build(frozen_fp8="tower", lean_forward=False)(**inputs_of(make_batch(CASES["one tile"])))
+        model = build(frozen_fp8="tower")
+        model.module.language_model.decoder.layers[0].mlp.register_forward_hook(lambda *_: None)
+        with pytest.raises(UserError, match="frozen_fp8: found tower, but PortableNormMLP has a forward hook"):
+            model(**inputs_of(make_batch(CASES["one tile"])))
+
+    def test_another_word(self):
+        with pytest.raises(UserError, match=r"found 'towr', expected tower or null\. Did you mean 'tower'"):
+            build(frozen_fp8="towr")
+
+    def test_sizes(self):
+        model = build(frozen_fp8="tower", vision={"ffn_hidden_size": 100})
+        with pytest.raises(UserError, match="a matrix of 100 x 48, expected sizes that are multiples of 16"):
+            model(**inputs_of(make_batch(CASES["one tile"])))
+
+    def test_a_gpu_without_fp8(self, monkeypatch):
+        fp8.require_possible("tower")
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA A100")
+        with pytest.raises(UserError, match=r"tower on NVIDIA A100 with .* 8\.0, expected a GPU of 8\.9"):
+            fp8.require_possible("tower")
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+        fp8.require_possible("tower")
