@@ -24,7 +24,7 @@ demo: setup
 	$(BIN)/python -m vlmsft.generate checkpoint=exports/demo-$(DEMO) input=vlmsft/data/sample/validation.jsonl output=exports/demo-$(DEMO).answers.jsonl image_folder=vlmsft/data/sample/images max_new_tokens=64 batch_size=16
 	$(BIN)/python -m vlmsft.evaluate 'models={demo: exports/demo-$(DEMO)}' tasks=[sample] generation.max_new_tokens=64
 
-# processes of the test runs; each takes 2 GB with NeMo, and one thread
+# processes of the test runs; each takes 2 GB with NeMo, as much for what it forks, and one thread
 WORKERS ?= 2
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=$(WORKERS) --dist=loadfile
 

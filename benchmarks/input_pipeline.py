@@ -431,6 +431,9 @@ def output_of(command: list[str], folder: Path, timeout: float, **variables: str
         return printed, process.returncode
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGTERM)  # to torchrun, too, which ends its workers
+    except BaseException:  # Ctrl-C, which its session doesn't get
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
     try:
         printed, _ = process.communicate(timeout=40)
     except subprocess.TimeoutExpired:

@@ -6,11 +6,13 @@ Where there is a GPU, each imports it itself: what is imported may talk to the d
 from __future__ import annotations
 
 import atexit
+import contextlib
 import functools
 import multiprocessing
 import multiprocessing.connection
 import os
 import runpy
+import signal
 import subprocess
 import sys
 import tempfile
@@ -22,6 +24,7 @@ from pathlib import Path
 from unittest import mock
 
 TESTS = Path(__file__).parent
+GPU_DEVICES = ("/dev/nvidiactl", "/dev/dxg")
 
 
 class Forked:
@@ -43,13 +46,20 @@ class Forked:
         return Path(self._output).read_text(encoding="utf-8", errors="replace")
 
     def wait(self, seconds: float) -> int:
-        """Its exit code, that of a signal negative."""
-        self.process.join(seconds)
-        assert self.process.exitcode is not None, f"not done after {seconds} s:\n{self.output()[-6000:]}"
+        """Its exit code, that of a signal negative. One that isn't done by then is killed."""
+        try:
+            self.process.join(seconds)
+            assert self.process.exitcode is not None, f"not done after {seconds} s:\n{self.output()[-6000:]}"
+        except BaseException:  # Ctrl-C too: at pytest's end multiprocessing would wait for it
+            self.kill()
+            raise
         return self.process.exitcode
 
     def kill(self) -> None:
-        self.process.kill()
+        """With its session: what it started itself would keep the server."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.kill()  # where it had no session of its own yet
         self.process.join()
 
 
@@ -96,7 +106,7 @@ def environment(**variables: str) -> dict[str, str]:
 @functools.cache
 def _context():
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([] if os.path.exists("/dev/nvidiactl") else ["nemo_imported"])
+    context.set_forkserver_preload([] if any(map(os.path.exists, GPU_DEVICES)) else ["nemo_imported"])
     # one thread: those of OpenMP don't survive a fork either
     with mock.patch.dict(os.environ, environment(OMP_NUM_THREADS="1")):
         forkserver.ensure_running()

@@ -89,7 +89,8 @@ def needs_megatrons_layers(
 ) -> Iterator[Problem]:
     """What of a config the functions of vlmsft.mllama.lean don't do, as problems of `asked`, which needs them.
 
-    The built model may know more (lean.Checked): a callback's hooks, a PEFT method that is not NeMo's.
+    The built model may know more (lean.Checked): a callback's hooks, a PEFT method that is not NeMo's,
+    rotary_percent, gated_linear_unit or use_transformer_engine_op_fuser other than MLlama's.
     """
     remedy = f"Or {instead}"
     tp, overlaps = facts[TENSOR_PARALLEL], "strategy.ddp.overlap_param_gather"

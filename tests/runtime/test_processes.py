@@ -63,7 +63,7 @@ def test_torchruns_workers_are_told_and_not_torchrun(start, tmp_path):
     torchrun.write_text(AGENT)
     agent = start("sh", str(torchrun), str(told))
     wait_for(told)
-    processes.stop_all(NAME, [JOB], 0.5)
+    processes.stop_all(NAME, [JOB], 3)
     agent.wait(10)
     assert told.read_text() == "worker\n"
     assert processes.processes_with(NAME, [JOB]) == [], "the worker's child too, which nobody told"

@@ -7,12 +7,15 @@ has no parent then; torchrun's workers, when torchrun is killed.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import signal
 import time
 from collections.abc import Collection, Sequence
 
 import psutil
+
+logger = logging.getLogger(__name__)
 
 KILL_SECONDS = 60.0
 """Before a killed process is given up: one that waits for a device ends only when that answers."""
@@ -45,13 +48,16 @@ def stop_all(name: str, values: Collection[str], seconds: float) -> None:
 
 
 def kill_all(name: str, values: Collection[str]) -> None:
-    """SIGKILL until none is left: also to those that are started meanwhile."""
+    """SIGKILL until none is left, also to those that are started meanwhile. What a driver holds is named and left."""
     deadline = time.monotonic() + KILL_SECONDS
     while (left := processes_with(name, values)) and time.monotonic() < deadline:
         for process in left:
             with contextlib.suppress(psutil.Error):
                 process.kill()
         _wait(left, 1.0)
+    if left:
+        pids = ", ".join(str(process.pid) for process in left)
+        logger.warning("SIGKILL didn't end processes %s within %.0f s", pids, KILL_SECONDS)
 
 
 def _workers(family: Sequence[psutil.Process]) -> list[psutil.Process]:

@@ -62,5 +62,5 @@ def stop(run_dirs: Sequence[str], seconds: float = STOP_SECONDS) -> None:
 
 
 def kill(run_dirs: Sequence[str]) -> None:
-    """SIGKILL to all processes of these jobs, until none is left."""
+    """SIGKILL to all processes of these jobs (see kill_all)."""
     kill_all(RUN_DIR, run_dirs)
