@@ -39,6 +39,7 @@ def logged(tmp_path_factory):
     """The four runs in W&B's offline files and on the server; the last one by two starts of which the second did two
     steps again."""
     import wandb
+
     from vlmsft.runtime.metrics_rows import read_metrics
     from vlmsft.runtime.wandb import RunLogger
     from vlmsft.runtime.wandb_scores import log_scores
