@@ -182,6 +182,21 @@ class TestWhatIsRounded:
         model(**batch).sum().backward()
         assert all(module.quantised is None for module in matrices(model).values())
 
+    def test_no_tower_with_adapters_that_are_frozen_or_come_late(self):
+        from nemo.collections.llm.fn.base import walk
+        from nemo.collections.vlm.peft import LoRA
+
+        batch = inputs_of(make_batch(CASES["two tiles"]))
+        model, plain = (build(freeze_vision_model=True, frozen_fp8=which) for which in ("tower", None))
+        with torch.no_grad():
+            assert not torch.equal(model(**batch), plain(**batch))
+            for one in (model, plain):
+                walk(one.module, LoRA(target_modules=["*vision_encoder*linear_fc1"], dim=4, alpha=8).transform)
+                draw_adapters(one)
+                one.requires_grad_(False)
+            assert torch.equal(model(**batch), plain(**batch))
+        assert all(module.quantised is None for module in matrices(model).values())
+
     def test_a_frozen_tower_and_nothing_else_of_the_model_sees_it(self):
         model = with_lora(IN_TEXT, frozen_fp8="tower")
         weights = {name: p.detach().clone() for name, p in model.named_parameters()}

@@ -47,14 +47,15 @@ def multiply(rows: Rounded, matrix: Rounded) -> Tensor:
 
 
 class FrozenMatrices:
-    """Keeps a `quantised` (Rounded) beside each matrix of the tower's layers, as long as nothing of the tower trains.
+    """Keeps a `quantised` (Rounded) beside each matrix of the tower's layers, as long as nothing of the tower trains or
+    has an adapter.
 
     An attribute of the module that owns the matrix, which no state dict and no export has.
     """
 
     def __init__(self, tower: nn.Module):
         """Raises UserError for a matrix whose sizes fp8 products don't take."""
-        self._parameters = list(tower.parameters())
+        self._tower = tower
         named = (module for name, module in tower.named_modules() if name.rpartition(".")[2] in MATRICES)
         self._linears: list[Any] = [getattr(module, "to_wrap", module) for module in named]
         for module in self._linears:
@@ -71,7 +72,7 @@ class FrozenMatrices:
         A change is noticed by the weight's place and by torch's count of what was written to it; what is written to
         `weight.data` goes unnoticed.
         """
-        frozen = not any(parameter.requires_grad for parameter in self._parameters)
+        frozen = not any(p.requires_grad or ".adapter." in name for name, p in self._tower.named_parameters())
         for module in self._linears:
             weight = module.weight
             now = (weight.data_ptr(), weight._version) if frozen else None
