@@ -81,6 +81,8 @@ CASES = [
     ),
     ([LEAN, "strategy.ddp={overlap_param_gather: true}"], "strategy.ddp.overlap_param_gather", "false"),
     ([LEAN, f"+{TEXT}.hidden_dropout=0.1"], f"{TEXT}.hidden_dropout", "0.0 with model.config.lean_forward=true"),
+    ([LEAN, f"+{TEXT}.rotary_percent=0.5"], f"{TEXT}.rotary_percent", "1.0 with"),
+    ([LEAN, f"+{VISION}.gated_linear_unit=true"], f"{VISION}.gated_linear_unit", "false with"),
     ([LEAN, f"{VISION}.recompute_granularity=selective"], f"{VISION}.recompute_granularity", "null or full with"),
     ([LEAN, "peft=lora", "peft._target_=nemo.collections.llm.peft.DoRA"], "peft._target_", "NeMo's LoRA"),
     ([LEAN, "peft=lora", "peft.dropout_position=post"], "peft.dropout_position", "pre with"),

@@ -13,7 +13,7 @@ from vlmsft.errors import Problem
 from vlmsft.facts import TENSOR_PARALLEL, TEXT, VISION, Facts, shapes
 from vlmsft.mllama import sizes
 from vlmsft.mllama.memory import MemoryEstimate, Training, memory_estimate
-from vlmsft.mllama.plain_values import PLAIN_VALUES
+from vlmsft.mllama.plain_values import TEXT_VALUES, TOWER_VALUES
 
 FREEZES = [f"model.config.freeze_{part}" for part in ("language_model", "vision_model", "vision_projection")]
 PEFT_FREEZES = ["peft.freeze_language_model", "peft.freeze_vision_model"]
@@ -89,8 +89,7 @@ def needs_megatrons_layers(
 ) -> Iterator[Problem]:
     """What of a config the functions of vlmsft.mllama.lean don't do, as problems of `asked`, which needs them.
 
-    The built model may know more (lean.Checked): a callback's hooks, a PEFT method that is not NeMo's,
-    rotary_percent, gated_linear_unit or use_transformer_engine_op_fuser other than MLlama's.
+    The built model may know more (lean.Checked): a callback's hooks, a PEFT method that is not NeMo's.
     """
     remedy = f"Or {instead}"
     tp, overlaps = facts[TENSOR_PARALLEL], "strategy.ddp.overlap_param_gather"
@@ -98,8 +97,8 @@ def needs_megatrons_layers(
         yield Problem(TENSOR_PARALLEL, str(tp), f"1 with {asked}", remedy)
     if facts[overlaps] is True:
         yield Problem(overlaps, "true", f"false with {asked}", remedy)
-    for part in (TEXT, VISION):
-        for name, values in PLAIN_VALUES.items():
+    for part, plain in ((TEXT, TEXT_VALUES), (VISION, TOWER_VALUES)):
+        for name, values in plain.items():
             found = facts[f"{part}.{name}"]
             if found is not None and found not in values:
                 expected = " or ".join("null" if value is None else str(value).lower() for value in values)

@@ -12,7 +12,7 @@ LoRA), Checked.why_not says what.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from vlmsft.mllama import fp8
 from vlmsft.mllama.attention import CrossPlan, TowerPlan, attend, attend_runs
 from vlmsft.mllama.fp8_rows import Norm, add_norm_quantise, gelu_quantise, norm_quantise, quantise_rows
-from vlmsft.mllama.plain_values import PLAIN_VALUES
+from vlmsft.mllama.plain_values import TEXT_VALUES, TOWER_VALUES
 
 
 class Linear(NamedTuple):
@@ -99,8 +99,8 @@ def _refused(config: Any, modules: Iterable[nn.Module]) -> str | None:
     if parallel_state.get_tensor_model_parallel_world_size() > 1:
         return "tensor_model_parallel_size is more than 1"
     try:
-        _check_config(config.language_model_config, F.silu, "RMSNorm")
-        _check_config(config.vision_model_config, F.gelu, "LayerNorm")
+        _check_config(config.language_model_config, {**TEXT_VALUES, "activation_func": (F.silu,)})
+        _check_config(config.vision_model_config, {**TOWER_VALUES, "activation_func": (F.gelu,)})
         for module in modules:
             if _is_adapted(module):
                 _check_adapter(module)
@@ -110,15 +110,7 @@ def _refused(config: Any, modules: Iterable[nn.Module]) -> str | None:
     return None
 
 
-def _check_config(config: Any, activation: Callable, normalization: str) -> None:
-    wanted = {
-        **PLAIN_VALUES,
-        "activation_func": (activation,),
-        "gated_linear_unit": (activation is F.silu,),
-        "normalization": (normalization,),
-    }
-    if hasattr(config, "rotary_percent"):  # the text decoder's
-        wanted["rotary_percent"] = (1.0,)
+def _check_config(config: Any, wanted: Mapping[str, tuple[Any, ...]]) -> None:
     for name, values in wanted.items():
         if getattr(config, name) not in values:
             raise Unsupported(f"{name} is {getattr(config, name)}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-PLAIN_VALUES: dict[str, tuple[Any, ...]] = {
+_BOTH: dict[str, tuple[Any, ...]] = {
     "hidden_dropout": (0.0,),
     "attention_dropout": (0.0,),
     "recompute_granularity": (None, "full"),
@@ -18,4 +18,5 @@ PLAIN_VALUES: dict[str, tuple[Any, ...]] = {
     "rotary_interleaved": (False,),
     "softmax_scale": (None,),
 }
-"""Of the text decoder and of the tower."""
+TEXT_VALUES = {**_BOTH, "gated_linear_unit": (True,), "normalization": ("RMSNorm",), "rotary_percent": (1.0,)}
+TOWER_VALUES = {**_BOTH, "gated_linear_unit": (False,), "normalization": ("LayerNorm",)}
