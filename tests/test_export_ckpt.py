@@ -225,8 +225,9 @@ def imported(tmp_path_factory) -> Path:
 
 @pytest.mark.nemo
 class TestComparing:
-    @pytest.fixture(autouse=True)
+    @pytest.fixture
     def checkpoints_model_in_a_fork(self, monkeypatch):
+        """Spares NeMo's import; the first test starts the process as a user's export does."""
         monkeypatch.setattr(verify, "subprocess", SimpleNamespace(run=run_in_fork))
 
     def test_the_gate_passes_and_the_card_says_so(self, imported, tmp_path, record_property):
@@ -238,6 +239,7 @@ class TestComparing:
         assert len(rows) == 2 and all("16 of 16" in row for row in rows)
         assert all(float(row.split("|")[4]) < 3e-6 for row in rows)
 
+    @pytest.mark.usefixtures("checkpoints_model_in_a_fork")
     def test_a_wrong_mapping_is_found_by_what_the_model_computes(self, imported, tmp_path, monkeypatch):
         """Swapped both ways: files and checkpoint agree tensor by tensor."""
         to_hf, to_ours = hf_mapping._halve_rows, hf_mapping._join_rows
@@ -255,6 +257,7 @@ class TestComparing:
         assert "validation.jsonl 1 (astronaut.jpg)" in message and "logits that differ" in message
         assert list(tmp_path.iterdir()) == []
 
+    @pytest.mark.usefixtures("checkpoints_model_in_a_fork")
     def test_merged_lora_in_bfloat16(self, tmp_path, record_property):
         """Adapters on everything, the tower included, against NeMo's own LoRA beside the weights."""
         import nemo_run
