@@ -422,10 +422,18 @@ def output_of(command: list[str], folder: Path, timeout: float, **variables: str
 
     variables: of the environment, beside this process'
     """
+    return end_of(start(command, folder, **variables), timeout)
+
+
+def start(command: list[str], folder: Path, **variables: str) -> subprocess.Popen[str]:
     path = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
     environment = {**os.environ, "PYTHONPATH": path, **variables}
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    process = subprocess.Popen(command, cwd=folder, env=environment, start_new_session=True, **pipes)
+    return subprocess.Popen(command, cwd=folder, env=environment, start_new_session=True, **pipes)
+
+
+def end_of(process: subprocess.Popen[str], timeout: float) -> tuple[str, int]:
+    """As output_of, of a process that `start` gave."""
     try:
         printed, _ = process.communicate(timeout=timeout)
         return printed, process.returncode

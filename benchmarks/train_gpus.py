@@ -1,16 +1,19 @@
 """Fine-tuning MLlama-11B on the GPUs of one host: python benchmarks/train_gpus.py [--only GROUP ...]
 
-    lora      LoRA data-parallel over 1, 2, 4, 8 GPUs: samples/s, and its share of one GPU's so many times
+    lora      LoRA data-parallel over 1, 2, 4, 8 GPUs: samples/s, its share of one GPU's so many times, and losses
+              beside one GPU's (without dropout, whose masks are a rank's own)
     losses    full fine-tuning of a model with few text layers, from one checkpoint, in every layout of the host's
-              GPUs, with and without overlapped communication: losses beside those of one process; LoRA likewise
+              GPUs, with and without overlapped communication: losses beside those of one process
     full      full fine-tuning of the 11B model in every layout, the tower trained and frozen
-    tutorial  experiment=llava_instruct_ja for 30 steps, extrapolated to its 1160
+    tutorial  experiment=llava_instruct_ja for 30 steps (5 on fewer than 8 GPUs), extrapolated to its 1160
     nemo      beside it NeMo's recipe with its own data module and the tutorial's values (train_gpus_nemo.py)
     sweep     sweeps=tp_micro_batch through the launcher, several jobs at once
 
 Each case is what a user types, below torchrun: `python -m vlmsft.train ...`, with random weights and open gates, on the
-photographs and conversations of input_pipeline.py; its metrics.csv is read afterwards. A layout that is estimated not
-to fit the GPUs is not started, and a case that fails is a line, too: each line is written as soon as it is known.
+photographs and conversations of input_pipeline.py; its metrics.csv is read afterwards. Its processes import NeMo while
+an earlier case has the GPUs (waiting.py). A layout that is estimated not to fit the GPUs is not started, and a case
+that fails is a line, too: each line is written as soon as it is known. A case whose line is in the output already,
+from the same kind of machine, is not run again.
 
 samples/s   of all GPUs, the global batch by the median step after WARM_UP
 peak        torch's, of the first rank, the highest so far; "estimated" is what `vlmsft plan` says, for texts as long
@@ -26,8 +29,11 @@ compared as on GPUs; it measures no speed.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import json
+import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -39,13 +45,15 @@ from typing import Any
 
 import input_pipeline as photographs
 import yaml
-from input_pipeline import formatted, median, output_of
+from input_pipeline import formatted, median
 
 RUNS = "benchmark"
 WARM_UP = 3  # steps; kernels are compiled in the first ones
 TUTORIAL_STEPS = 1160
+TUTORIAL_MICRO_BATCHES = 32  # of each data-parallel rank in a step: 128 samples on 4 of them
 COUNTS = (1, 2, 4, 8)
 TEXT = "model.config.language_model_config"
+LORA = ("peft=lora", "peft.dropout=0.0")
 OVERLAP = (
     "strategy.ddp={{_target_:megatron.core.distributed.DistributedDataParallelConfig,check_for_nan_in_grad:true,"
     "overlap_grad_reduce:true,overlap_param_gather:true,bucket_size:{bucket_size}}}"
@@ -92,6 +100,7 @@ class Scale:
     full: tuple[str, ...]
     steps: int
     tutorial: tuple[str, ...]
+    tutorial_larger: dict[str, tuple[str, ...]]
     tutorial_steps: int
     sweep: tuple[str, ...]
     bucket_size: str = "null"
@@ -104,11 +113,19 @@ def on_gpus(gpus: int, gib: float) -> Scale:
         gpu_memory_gib=gib,
         model=("model=mllama_11b", "strategy=megatron", "data.num_workers=6", "data.decoder_seq_length=512"),
         few_layers=(f"{TEXT}.num_layers=4", f"{TEXT}.num_cross_attention_layers=1"),
-        lora=("peft=lora", "optim.max_lr=1e-4", "data.global_batch_size=128", "data.micro_batch_size=8"),
-        full=("data.global_batch_size=32", "data.micro_batch_size=1"),
-        steps=8,
+        lora=(*LORA, "optim.max_lr=1e-4", "data.global_batch_size=64", "data.micro_batch_size=8"),
+        full=("data.global_batch_size=16", "data.micro_batch_size=1"),
+        steps=7,
         tutorial=("experiment=llava_instruct_ja",),
-        tutorial_steps=30,
+        tutorial_larger={
+            ", micro batch 2": ("data.micro_batch_size=2",),
+            ", micro batch 4, tower recomputed": (
+                "data.micro_batch_size=4",
+                "data.decoder_seq_length=768",  # none of these texts is longer: so that the estimate fits
+                "model.config.vision_model_config.recompute_granularity=full",
+            ),
+        },
+        tutorial_steps=30 if gpus >= 8 else 5,
         sweep=("peft=lora",),
     )
 
@@ -121,11 +138,12 @@ def trial(gpus: int) -> Scale:
         gpu_memory_gib=None,
         model=("experiment=demo", *longer),
         few_layers=(),
-        lora=("peft=lora", "optim.max_lr=1e-3", "data.global_batch_size=8", "data.micro_batch_size=4"),
+        lora=(*LORA, "optim.max_lr=1e-3", "data.global_batch_size=8", "data.micro_batch_size=4"),
         full=("data.global_batch_size=4", "data.micro_batch_size=1"),
         steps=5,
-        tutorial=("experiment=demo", *longer, "data.global_batch_size=8", "data.micro_batch_size=2"),
-        tutorial_steps=5,
+        tutorial=("experiment=demo", *longer, "data.micro_batch_size=1"),
+        tutorial_larger={", micro batch 4": ("data.micro_batch_size=4",)},
+        tutorial_steps=3,
         sweep=("strategy.tensor_model_parallel_size=1,2", "data.micro_batch_size=4"),
         bucket_size="60000",
     )
@@ -147,9 +165,12 @@ def main() -> None:
     output = arguments.output.absolute()
     results = []
     with tempfile.TemporaryDirectory() as scratch:
-        bench = Bench(scale, photographs.make_files(Path(scratch), scale.photographs), output, arguments.limit)
-        for group in arguments.only:
-            results += GROUPS[group](bench)
+        sizes = {1, scale.gpus} if set(arguments.only) - {"sweep"} else set()
+        with waiting(sizes, Path(scratch)) as ranks:
+            files = photographs.make_files(Path(scratch), scale.photographs)
+            bench = Bench(scale, files, output, arguments.limit, ranks)
+            for group in arguments.only:
+                results += GROUPS[group](bench)
     print(f"\n{table(results)}")
 
 
@@ -169,19 +190,15 @@ def gpu_memory_gib() -> list[float]:
 def lora_cases(bench: Bench) -> Iterator[dict[str, Any]]:
     for count in COUNTS:
         if count <= bench.scale.gpus:
-            yield bench.run(Case("lora", f"DP {count}", count, bench.scale.lora))
+            yield bench.run(Case("lora", f"DP {count}", count, bench.scale.lora, equals="DP 1"))
 
 
 def loss_cases(bench: Bench) -> Iterator[dict[str, Any]]:
-    """Full fine-tuning: all from one checkpoint, as a seed alone gives other weights at another tensor-parallel size.
-    LoRA: without dropout, whose masks are a rank's own."""
-    lora, first = (*bench.scale.lora, *bench.scale.few_layers, "peft.dropout=0.0"), "LoRA DP 1"
-    for count in sorted({1, bench.scale.gpus}):
-        yield bench.run(Case("losses", f"LoRA DP {count}", count, lora, equals=first))
+    """All from one checkpoint, as a seed alone gives other weights at another tensor-parallel size."""
     few = (*bench.scale.full, *bench.scale.few_layers)
     saved = ("log.ckpt={}".format("{monitor:reduced_train_loss,every_n_train_steps:1,save_top_k:1}"),)
     start = Case("losses", "start", 1, (*few, *saved, "strategy.ckpt_save_optimizer=false"))
-    yield bench.run(start, steps=1, with_checkpoint=True)
+    yield bench.run(start, steps=1, with_checkpoint=True, again=True)
     checkpoint = bench.checkpoint(start)
     if checkpoint is None:
         return
@@ -199,32 +216,46 @@ def full_cases(bench: Bench) -> Iterator[dict[str, Any]]:
 
 
 def layouts(group: str, scale: Scale, overrides: tuple[str, ...], name: str = "") -> Iterator[Case]:
-    """Every tensor-parallel size on all GPUs; where there are several data-parallel ranks, with overlap as well, which
-    should change no loss."""
+    """Every tensor-parallel size on all GPUs; where there are several data-parallel ranks, with overlap as well, and
+    with tensor parallelism sequence parallelism: neither should change a loss."""
     gpus, overlap = scale.gpus, OVERLAP.format(bucket_size=scale.bucket_size)
     for tp in (size for size in (1, 2, 4) if gpus % size == 0):
         plain = f"TP {tp} DP {gpus // tp}{name}"
         yield Case(group, plain, gpus, overrides, tp)
         if gpus > tp:
             yield Case(group, f"{plain}, overlap", gpus, (*overrides, overlap), tp, equals=plain)
+        if tp > 1:
+            split = (*overrides, "strategy.sequence_parallel=true")
+            yield Case(group, f"{plain}, sequence parallel", gpus, split, tp, equals=plain)
 
 
 def tutorial_cases(bench: Bench) -> Iterator[dict[str, Any]]:
-    tp = 2 if bench.scale.gpus % 2 == 0 else 1
-    case = Case("tutorial", f"TP {tp} DP {bench.scale.gpus // tp}", bench.scale.gpus, bench.scale.tutorial, tp)
-    yield bench.run(case, steps=bench.scale.tutorial_steps, with_model=False)
+    """Micro batches of one sample as the tutorial's, as many for each data-parallel rank; larger ones, which should
+    change no loss."""
+    scale = bench.scale
+    tp = 2 if scale.gpus % 2 == 0 else 1
+    first = f"TP {tp} DP {scale.gpus // tp}"
+    global_batch = f"data.global_batch_size={TUTORIAL_MICRO_BATCHES * scale.gpus // tp}"
+    for name, more in {"": (), **scale.tutorial_larger}.items():
+        overrides = (*scale.tutorial, global_batch, *more)
+        case = Case("tutorial", first + name, scale.gpus, overrides, tp, equals=first)
+        yield bench.run(case, steps=scale.tutorial_steps, with_model=False)
 
 
 def nemo_cases(bench: Bench) -> Iterator[dict[str, Any]]:
     """In the trial its recipe and its data are made, and nothing is trained: its model needs a GPU."""
-    script, gpus = Path(__file__).with_name("train_gpus_nemo.py"), bench.scale.gpus
+    is_trial = bench.scale.gpu_memory_gib is None
+    script, gpus = Path(__file__).with_name("train_gpus_nemo.py"), 1 if is_trial else bench.scale.gpus
     for name, size in (("as the tutorial", 1), ("micro batch 4", 4)):
         folder = bench.files.folder / f"nemo-{size}"
-        command = [*torchrun(gpus), str(script), str(bench.files.folder), str(folder), str(gpus), str(size)]
-        if bench.scale.gpu_memory_gib is None:
-            command = [sys.executable, str(script), str(bench.files.folder), str(folder), "1", str(size), "--make-only"]
+        words = [str(script), str(bench.files.folder), str(folder), str(gpus), str(size)]
         case = Case("nemo", f"NeMo's recipe, {name}", gpus, tp=2)
-        yield bench.record(case, {}, command, lambda folder=folder: json.loads((folder / "speed.json").read_text()))
+        yield bench.record(
+            case,
+            {},
+            words + ["--make-only"] * is_trial,
+            lambda folder=folder: json.loads((folder / "speed.json").read_text()),
+        )
 
 
 def sweep_cases(bench: Bench) -> Iterator[dict[str, Any]]:
@@ -233,7 +264,7 @@ def sweep_cases(bench: Bench) -> Iterator[dict[str, Any]]:
     varied = ("id=", "trainer.devices=", "strategy.tensor_model_parallel_size=")
     common = [word for word in bench.overrides(case, None) if not word.startswith(varied)]
     options = ["sweeps=tp_micro_batch", *common, *bench.scale.sweep, "sweep.id=benchmark"]
-    yield bench.record(case, {}, [sys.executable, "-m", "vlmsft.train", "-m", *options], lambda: {})
+    yield bench.record(case, {}, ["-m", "vlmsft.train", "-m", *options], lambda: {}, starts_its_own=True)
     for folder in sorted((bench.files.folder / "runs" / RUNS).glob("benchmark-*")):
         yield bench.write(job_of_sweep(bench, folder))
 
@@ -262,27 +293,66 @@ GROUPS: dict[str, Callable[[Bench], Iterator[dict[str, Any]]]] = {
 # --- one case ---------------------------------------------------------------------------------------------------------
 
 
+class Ranks:
+    """torchrun and its processes, which wait for what they are to run (waiting.py)."""
+
+    def __init__(self, num_processes: int, folder: Path):
+        self.file, self.folder = Path(tempfile.mkdtemp(dir=folder), "words.json"), folder
+        command = [*torchrun(num_processes), str(Path(__file__).with_name("waiting.py")), str(self.file)]
+        self.process = photographs.start(command, folder, CUDA_DEVICE_MAX_CONNECTIONS="1")
+
+    def run(self, words: list[str]) -> None:
+        whole = self.file.with_name("whole.json")
+        whole.write_text(json.dumps(words), encoding="utf-8")
+        whole.rename(self.file)
+
+
+@contextlib.contextmanager
+def waiting(sizes: set[int], folder: Path) -> Iterator[dict[int, Ranks]]:
+    """Ranks by their number of processes; those that are still there at the end are killed."""
+    ranks = {size: Ranks(size, folder) for size in sizes}
+    try:
+        yield ranks
+    finally:
+        for one in ranks.values():
+            os.killpg(one.process.pid, signal.SIGKILL)  # torchrun: its processes end when it has
+            one.process.wait()
+
+
 @dataclass
 class Bench:
     scale: Scale
     files: photographs.Files
     output: Path
     limit: float
+    ranks: dict[int, Ranks]
 
     def __post_init__(self) -> None:
         self.losses: dict[tuple[str, str], list[float]] = {}
 
     def run(
-        self, case: Case, steps: int | None = None, *, with_checkpoint: bool = False, with_model: bool = True
+        self,
+        case: Case,
+        steps: int | None = None,
+        *,
+        with_checkpoint: bool = False,
+        with_model: bool = True,
+        again: bool = False,
     ) -> dict[str, Any]:
-        """The case's line. with_model: sizes are the scale's, not those of an experiment"""
+        """The case's line.
+
+        with_model: sizes are the scale's, not those of an experiment
+        again: also where the output has the line: its checkpoint is gone
+        """
+        earlier = None if again else self.earlier(case)
+        if earlier is not None:
+            return earlier
         overrides = self.overrides(case, steps, with_checkpoint=with_checkpoint, with_model=with_model)
         about, problem = self.plan(overrides)
         if problem is not None:
             return self.write({**self.about(case), **about, "error": problem})
-        command = [*torchrun(case.gpus), "-m", "vlmsft.train", *overrides]
         csv_file = self.files.folder / "runs" / RUNS / case.id / "metrics.csv"
-        return self.record(case, about, command, lambda: speeds(csv_file))
+        return self.record(case, about, ["-m", "vlmsft.train", *overrides], lambda: speeds(csv_file))
 
     def overrides(
         self, case: Case, steps: int | None, *, with_checkpoint: bool = False, with_model: bool = True
@@ -339,12 +409,23 @@ class Bench:
         return {"group": case.group, "name": case.name, "gpus": case.gpus, "tp": case.tp, "dp": case.gpus // case.tp}
 
     def record(
-        self, case: Case, about: dict[str, Any], command: list[str], read: Callable[[], dict[str, Any]]
+        self,
+        case: Case,
+        about: dict[str, Any],
+        words: list[str],
+        read: Callable[[], dict[str, Any]],
+        starts_its_own: bool = False,
     ) -> dict[str, Any]:
-        """Runs the command and writes down what `read` finds then, or the end of what was printed."""
+        """Runs `python WORDS` in the case's processes, or (starts_its_own) as one that starts them, and writes down
+        what `read` finds then, or the end of what was printed."""
+        command = [sys.executable, *words] if starts_its_own else [*torchrun(case.gpus), *words]
         shown = " ".join(["python", *command[1:]]).replace(f"{self.files.folder}/", "")
         started = time.monotonic()
-        printed, code = output_of(command, self.files.folder, self.limit, CUDA_DEVICE_MAX_CONNECTIONS="1")
+        if starts_its_own:
+            process = photographs.start(command, self.files.folder, CUDA_DEVICE_MAX_CONNECTIONS="1")
+        else:
+            process = self.start(case.gpus, words)
+        printed, code = photographs.end_of(process, self.limit)
         result = {**self.about(case), **about, "command": shown, "seconds": round(time.monotonic() - started, 1)}
         try:
             result |= read()
@@ -353,6 +434,23 @@ class Bench:
         if code != 0:
             result.setdefault("error", f"exit code {code}: {printed[-1500:]}")
         return self.write(self.with_differences(case, result))
+
+    def earlier(self, case: Case) -> dict[str, Any] | None:
+        here = machine()
+        for line in self.output.read_text(encoding="utf-8").splitlines() if self.output.exists() else ():
+            result = json.loads(line)
+            is_same = (result["group"], result["name"]) == (case.group, case.name)
+            if is_same and "error" not in result and all(result[key] == here[key] for key in ("device", "versions")):
+                self.losses[case.group, case.name] = result["losses"]
+                return result
+        return None
+
+    def start(self, num_processes: int, words: list[str]) -> subprocess.Popen[str]:
+        """Gives ranks their words, and has the next ones import meanwhile."""
+        ranks = self.ranks.pop(num_processes, None) or Ranks(num_processes, self.files.folder)
+        ranks.run(words)
+        self.ranks[num_processes] = Ranks(num_processes, self.files.folder)
+        return ranks.process
 
     def with_differences(self, case: Case, result: dict[str, Any]) -> dict[str, Any]:
         losses = result.get("losses", [])

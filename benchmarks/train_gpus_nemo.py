@@ -29,7 +29,7 @@ from nemo.collections.vlm.neva.data.conversation import conv_templates
 from nemo.collections.vlm.recipes import mllama_11b
 from transformers import AutoProcessor
 
-WARM_UP, STEPS = 1, 4
+WARM_UP, STEPS = 1, 3
 ACCUMULATION = 8  # micro batches of a rank in a step; the tutorial has 32
 
 
