@@ -92,11 +92,12 @@ def needs_megatrons_layers(
     The built model may know more (lean.Checked): a callback's hooks, a PEFT method that is not NeMo's.
     """
     remedy = f"Or {instead}"
-    tp, overlaps = facts[TENSOR_PARALLEL], "strategy.ddp.overlap_param_gather"
-    if type(tp) is int and tp > 1:
-        yield Problem(TENSOR_PARALLEL, str(tp), f"1 with {asked}", remedy)
-    if facts[overlaps] is True:
-        yield Problem(overlaps, "true", f"false with {asked}", remedy)
+    for key in ("strategy.sequence_parallel", "strategy.ddp.overlap_param_gather"):
+        if facts[key] is True:
+            yield Problem(key, "true", f"false with {asked}", remedy)
+    tp = facts[TENSOR_PARALLEL]
+    if type(tp) is int and tp > 1 and facts["peft"] is not None:
+        yield Problem(TENSOR_PARALLEL, str(tp), f"1 where there are adapters, with {asked}", remedy)
     for part, plain in ((TEXT, TEXT_VALUES), (VISION, TOWER_VALUES)):
         for name, values in plain.items():
             found = facts[f"{part}.{name}"]

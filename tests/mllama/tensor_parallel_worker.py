@@ -6,6 +6,8 @@ FOLDER/expected.pt holds what one process computed: see test_tensor_parallel.py.
 from __future__ import annotations
 
 import contextlib
+import functools
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +18,13 @@ from mllama_cases import TARGETS, build, inputs_of, with_lora
 from vlmsft.runtime import cpu
 
 WORLD_SIZE = 2
+FUNCTIONS, COMPILED, MEGATRON = "functions", "compiled functions", "Megatron's classes"
+WAYS = {  # sequence parallelism, full or LoRA: how the layers run
+    (False, "full"): (FUNCTIONS, COMPILED, MEGATRON),
+    (False, "lora"): (MEGATRON,),
+    (True, "full"): (MEGATRON,),
+    (True, "lora"): (MEGATRON,),
+}
 
 
 def shard(name: str, tensor: torch.Tensor, local: torch.Size, rank: int) -> torch.Tensor:
@@ -55,6 +64,24 @@ def compare(model: Any, state: dict[str, torch.Tensor], expected: dict[str, Any]
             assert difference < 1e-4, (name, difference)
 
 
+@contextlib.contextmanager
+def running_as(way: str, model: Any) -> Iterator[None]:
+    """Compiled: as on a GPU, but for the kernels."""
+    from vlmsft.mllama import lean
+
+    kept = lean._compiles, lean._compiled
+    model.config.lean_forward = False if way == MEGATRON else None
+    assert (model.megatron_because() is None) == (way != MEGATRON)
+    if way == COMPILED:
+        lean._compiles = lambda like: True
+        lean._compiled = functools.cache(functools.partial(torch.compile, backend="aot_eager"))
+    try:
+        with torch._dynamo.config.patch(disable=way != COMPILED):
+            yield
+    finally:
+        lean._compiles, lean._compiled = kept
+
+
 def main(rank: int, folder: Path) -> None:
     torch._dynamo.config.disable = True
     cpu.activate()
@@ -67,19 +94,25 @@ def main(rank: int, folder: Path) -> None:
     tensor_parallel.model_parallel_cuda_manual_seed(1234)
 
     expected = torch.load(folder / "expected.pt")
-    for sequence_parallel in (False, True):
+    for (sequence_parallel, part), ways in WAYS.items():
         parallel = {"tensor_model_parallel_size": WORLD_SIZE, "sequence_parallel": sequence_parallel}
-        for part, model in (("full", build(**parallel)), ("lora", with_lora(TARGETS, **parallel))):
-            batches = [(name, computed, None) for name, computed in expected[part]["batches"].items()]
-            # overlapped gradients: see test_gradient_order.py
-            batches.append(("text only, overlapped", expected[part]["batches"]["text only"], contextlib.nullcontext))
-            for name, computed, no_sync_func in batches:
-                model.module.config.no_sync_func = no_sync_func
-                try:
-                    compare(model.module, expected[part]["state"], computed, rank)
-                except AssertionError as error:
-                    raise AssertionError(f"{part}, {name}, sequence_parallel={sequence_parallel}: {error}") from error
-            # same keys and global shapes as one process; only this rank's part differs
-            sharded = model.module.sharded_state_dict()
-            shapes = {key: tuple(getattr(value, "global_shape", ())) for key, value in sharded.items()}
-            assert shapes == expected[part]["global_shapes"], part
+        model = build(**parallel) if part == "full" else with_lora(TARGETS, **parallel)
+        for way in ways:
+            with running_as(way, model.module):
+                compare_all(model.module, expected[part], rank, f"{part}, {way}, {sequence_parallel=}")
+        # same keys and global shapes as one process; only this rank's part differs
+        sharded = model.module.sharded_state_dict()
+        shapes = {key: tuple(getattr(value, "global_shape", ())) for key, value in sharded.items()}
+        assert shapes == expected[part]["global_shapes"], part
+
+
+def compare_all(model: Any, expected: dict[str, Any], rank: int, what: str) -> None:
+    batches = [(name, computed, None) for name, computed in expected["batches"].items()]
+    # overlapped gradients: see test_gradient_order.py
+    batches.append(("text only, overlapped", expected["batches"]["text only"], contextlib.nullcontext))
+    for name, computed, no_sync_func in batches:
+        model.config.no_sync_func = no_sync_func
+        try:
+            compare(model, expected["state"], computed, rank)
+        except AssertionError as error:
+            raise AssertionError(f"{what}, {name}: {error}") from error

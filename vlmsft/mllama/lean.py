@@ -1,11 +1,16 @@
-"""MLlama's layers as plain functions of their parameters: what one tensor-parallel rank computes without Megatron.
+"""MLlama's layers as plain functions of their parameters: what a rank computes without Megatron.
 
 Megatron's and TransformerEngine's layers spend some 0.1 ms of the host's time on each kernel that they start, several
 times what a GPU needs for it at small micro batches. Here a layer is what stands before its attention, the attention,
 and what stands behind it; the first and the last go through torch.compile on a GPU. The modules keep the parameters, so
 that checkpoints, LoRA, Megatron's DDP and its optimizer see no difference.
 
-Where something needs Megatron's own forward (tensor parallelism, dropout, hooks on a module, an adapter that is no
+With tensor parallelism a rank holds some outputs of linear_qkv, linear_q, linear_kv and linear_fc1 and the inputs of
+linear_proj and linear_fc2 that follow from them. What the former multiply, whole on each rank, gets the sum of the
+ranks' gradients (_for_all_ranks); what the latter give is summed (_sum_of_ranks). Neither is compiled: the functions
+between them are.
+
+Where something needs Megatron's own forward (sequence parallelism, dropout, hooks on a module, an adapter that is no
 LoRA), Checked.why_not says what.
 """
 
@@ -18,6 +23,10 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state
+from megatron.core.tensor_parallel import (
+    copy_to_tensor_model_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+)
 from nemo.collections.llm.peft.lora import LoRALinear
 from nemo.collections.llm.peft.utils import ParallelLinearAdapter
 from torch import Tensor, nn
@@ -96,8 +105,8 @@ def _hook(module: nn.Module) -> str | None:
 
 
 def _refused(config: Any, modules: Iterable[nn.Module]) -> str | None:
-    if parallel_state.get_tensor_model_parallel_world_size() > 1:
-        return "tensor_model_parallel_size is more than 1"
+    if config.sequence_parallel:
+        return "sequence_parallel is true"
     try:
         _check_config(config.language_model_config, {**TEXT_VALUES, "activation_func": (F.silu,)})
         _check_config(config.vision_model_config, {**TOWER_VALUES, "activation_func": (F.gelu,)})
@@ -118,6 +127,8 @@ def _check_config(config: Any, wanted: Mapping[str, tuple[Any, ...]]) -> None:
 
 def _check_adapter(module: Any) -> None:
     """Other PEFT methods wrap a linear and its adapter as well, and compute something else."""
+    if _has_ranks():
+        raise Unsupported("there are adapters and tensor_model_parallel_size is more than 1")
     for part, known in ((module, LoRALinear), (module.adapter, ParallelLinearAdapter)):
         if type(part) is not known:
             raise Unsupported(f"{type(part).__name__} is no {known.__name__}")
@@ -186,26 +197,58 @@ def _project(x: Tensor, linear: Linear, eps: float = 0.0) -> Tensor:
     return y + linear.scale * F.linear(F.linear(x, linear.down), linear.up)
 
 
+# --- tensor parallelism ---------------------------------------------------------------------------------------------
+
+
+def _has_ranks() -> bool:
+    return parallel_state.get_tensor_model_parallel_world_size() > 1
+
+
+def _for_all_ranks(x: Tensor) -> Tensor:
+    return copy_to_tensor_model_parallel_region(x) if _has_ranks() else x
+
+
+def _sum_of_ranks(x: Tensor) -> Tensor:
+    return reduce_from_tensor_model_parallel_region(x) if _has_ranks() else x
+
+
+def _input_of(linear: Linear, rows: Tensor, eps: float = 0.0) -> tuple[Tensor, Linear]:
+    """What a linear split by outputs multiplies, and the linear: with ranks the norm is computed here.
+
+    A rank's gradient of that input is a part of the whole one, which the norm's own gradients need.
+    """
+    if not _has_ranks():
+        return rows, linear
+    if linear.norm is not None:
+        rows = F.rms_norm(rows, linear.norm.shape, linear.norm, eps)
+    return _for_all_ranks(rows), linear._replace(norm=None)
+
+
+def _project_sum(x: Tensor, linear: Linear) -> Tensor:
+    """_project with a linear split by inputs: the bias, which each rank holds whole, comes behind the sum."""
+    y = _sum_of_ranks(_project(x, linear._replace(bias=None)))
+    return y if linear.bias is None else y + linear.bias
+
+
 # --- text decoder: self-attention -----------------------------------------------------------------------------------
 
 
 def self_layer(layer: Any, hidden_states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """A Llama layer: (S, B, H) -> the same; cos, sin: (S * B, 1, head dim) in fp32, as `rotation` makes them."""
-    attention, mlp = layer.self_attention, layer.mlp
+    attention = layer.self_attention
     num_rows, batch, width = hidden_states.shape
     eps = layer.config.layernorm_epsilon
     rows = hidden_states.reshape(-1, width)
-    query, key, value = _run(before_self, (rows, cos, sin), linear_of(attention.linear_qkv), heads_of(attention), eps)
+    x, qkv = _input_of(linear_of(attention.linear_qkv), rows, eps)
+    query, key, value = _run(before_self, (x, cos, sin), qkv, heads_of(attention), eps)
     query, key, value = (tensor.unflatten(0, (num_rows, batch)) for tensor in (query, key, value))
-    attended = attend(query, key, value, causal=True)
-    rows = _run(
-        behind_self,
-        (rows, attended.reshape(num_rows * batch, -1)),
-        linear_of(attention.linear_proj),
-        linear_of(mlp.linear_fc1),
-        linear_of(mlp.linear_fc2),
-        eps,
-    )
+    attended = attend(query, key, value, causal=True).reshape(num_rows * batch, -1)
+    linears = (linear_of(attention.linear_proj), *_linears_of(layer.mlp))
+    if _has_ranks():
+        rows = rows + _project_sum(attended, linears[0])
+        rows = rows + _swiglu_sum(rows, *linears[1:], eps)
+    else:
+        rows = _run(behind_self, (rows, attended), *linears, eps)
     return rows.view(num_rows, batch, width)
 
 
@@ -251,6 +294,16 @@ def _swiglu(rows: Tensor, fc1: Linear, fc2: Linear, eps: float) -> Tensor:
     return _project(F.silu(gate) * up, fc2)
 
 
+def _swiglu_sum(rows: Tensor, fc1: Linear, fc2: Linear, eps: float) -> Tensor:
+    x, fc1 = _input_of(fc1, rows, eps)
+    y = _sum_of_ranks(_run(_swiglu, (x,), fc1, fc2._replace(bias=None), eps))
+    return y if fc2.bias is None else y + fc2.bias
+
+
+def _linears_of(mlp: Any) -> tuple[Linear, Linear]:
+    return linear_of(mlp.linear_fc1), linear_of(mlp.linear_fc2)
+
+
 # --- text decoder: cross-attention ----------------------------------------------------------------------------------
 
 
@@ -259,29 +312,22 @@ def cross_layer(layer: Any, hidden_states: Tensor, image_tokens: Tensor, plan: C
 
     image_tokens: (T, 1, H); plan: which rows see which; row_mask: (S, B, 1), 1 for rows that see an image
     """
-    attention, mlp = layer.cross_attention, layer.mlp
+    attention = layer.cross_attention
     num_rows, batch, width = hidden_states.shape
     eps, heads = layer.config.layernorm_epsilon, heads_of(attention)
-    rows = hidden_states.reshape(-1, width)
-    query = _run(query_of, (rows,), linear_of(attention.linear_q), attention.q_layernorm.weight, heads, eps)
-    key, value = _run(
-        key_value_of,
-        (image_tokens.flatten(0, 1),),
-        linear_of(attention.linear_kv),
-        attention.k_layernorm.weight,
-        heads,
-        eps,
-    )
+    rows, row_mask = hidden_states.reshape(-1, width), row_mask.reshape(-1, 1)
+    x, linear_q = _input_of(linear_of(attention.linear_q), rows, eps)
+    query = _run(query_of, (x,), linear_q, attention.q_layernorm.weight, heads, eps)
+    seen, linear_kv = _input_of(linear_of(attention.linear_kv), image_tokens.flatten(0, 1))
+    key, value = _run(key_value_of, (seen,), linear_kv, attention.k_layernorm.weight, heads, eps)
     attended = attend_runs(query.unflatten(0, (num_rows, batch)), key.unsqueeze(1), value.unsqueeze(1), plan)
-    rows = _run(
-        behind_cross,
-        (rows, attended.reshape(num_rows * batch, -1), row_mask.reshape(-1, 1)),
-        (layer.gate_attn, layer.gate_ffn),
-        linear_of(attention.linear_proj),
-        linear_of(mlp.linear_fc1),
-        linear_of(mlp.linear_fc2),
-        eps,
-    )
+    attended, gates = attended.reshape(num_rows * batch, -1), (layer.gate_attn, layer.gate_ffn)
+    linears = (linear_of(attention.linear_proj), *_linears_of(layer.mlp))
+    if _has_ranks():
+        rows = rows + gates[0].tanh() * _project_sum(row_mask * attended, linears[0])
+        rows = rows + gates[1].tanh() * row_mask * _swiglu_sum(rows, *linears[1:], eps)
+    else:
+        rows = _run(behind_cross, (rows, attended, row_mask), gates, *linears, eps)
     return rows.view(num_rows, batch, width)
 
 
@@ -325,13 +371,14 @@ def tower_layer(layer: Any, x: Tensor, plan: TowerPlan) -> Tensor:
     attention, mlp, rows = layer.self_attention, layer.mlp, x.view(-1, x.shape[-1])
     if getattr(attention.linear_qkv, "quantised", None) is not None:
         return _tower_layer_in_fp8(layer, rows, plan).view_as(x)
-    qkv = _project(_layer_norm(rows, _norm(layer.input_layernorm, layer)), linear_of(attention.linear_qkv))
-    attended = _attend_tower(attention, qkv, plan)
-    rows = layer.add(rows, _project(attended, linear_of(attention.linear_proj)), None, "gate_attn")
-    normalised = _layer_norm(rows, _norm(layer.pre_mlp_layernorm, layer))
-    inner = _linear_gelu(normalised, linear_of(mlp.linear_fc1), mlp.config.bias_activation_fusion)
-    fc2 = linear_of(mlp.linear_fc2)
-    return layer.add(rows, _project(inner, fc2._replace(bias=None)), fc2.bias, "gate_ffn").view_as(x)
+    normalised = _for_all_ranks(_layer_norm(rows, _norm(layer.input_layernorm, layer)))
+    attended = _attend_tower(attention, _project(normalised, linear_of(attention.linear_qkv)), plan)
+    rows = layer.add(rows, _project_sum(attended, linear_of(attention.linear_proj)), None, "gate_attn")
+    normalised = _for_all_ranks(_layer_norm(rows, _norm(layer.pre_mlp_layernorm, layer)))
+    fc1, fc2 = _linears_of(mlp)
+    inner = _linear_gelu(normalised, fc1, mlp.config.bias_activation_fusion)
+    branch = _sum_of_ranks(_project(inner, fc2._replace(bias=None)))
+    return layer.add(rows, branch, fc2.bias, "gate_ffn").view_as(x)
 
 
 def _tower_layer_in_fp8(layer: Any, rows: Tensor, plan: TowerPlan) -> Tensor:
