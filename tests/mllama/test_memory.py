@@ -149,9 +149,7 @@ def test_photographs_against_an_h100():
 )
 def test_layers_are_functions_where_they_can_be(training, layout, are_functions):
     """Unless model.config.lean_forward says otherwise; Megatron keeps more."""
-    as_built, lean, megatron = (
-        estimate(training, **layout, lean_forward=on).activations for on in (None, True, False)
-    )
+    as_built, lean, megatron = (estimate(training, **layout, lean_forward=on).activations for on in (None, True, False))
     assert lean < megatron and as_built == (lean if are_functions else megatron)
 
 
