@@ -23,9 +23,9 @@ IN_TEXT = [f"*language_model.*.{name}" for name in ("linear_qkv", "linear_q", "l
 
 class TestProducts:
     def test_each_row_has_its_scale(self):
-        rows = torch.tensor([[1.0, -448.0], [448e-6, 1e-6], [0.0, 0.0], [3e30, 1e30]])
+        rows = torch.tensor([[1.0, -448.0], [448e-6, 1e-6], [0.0, 0.0], [3e30, 1e30], [3e-30, 1e-30]])
         quantised, scale = fp8.quantise(rows)
-        assert quantised.dtype == torch.float8_e4m3fn and scale.shape == (4, 1)
+        assert quantised.dtype == torch.float8_e4m3fn and scale.shape == (5, 1)
         found = quantised.float() * scale
         assert torch.allclose(found, rows, rtol=2**-4, atol=0)
         assert torch.equal(found[2], rows[2])
@@ -59,7 +59,7 @@ import torch
 from vlmsft.mllama import fp8_kernels, fp8_rows
 fp8_kernels.E4M3 = torch.float32  # the interpreter's own rounding to e4m3 is off
 def quantise(rows):
-    largest = rows.abs().amax(1, keepdim=True).clamp(min=1e-12)
+    largest = rows.abs().amax(1, keepdim=True).clamp(min=fp8_kernels.SMALLEST_ROW)
     return rows * (448 / largest), largest / 448
 fp8_rows.quantise = quantise
 flat = lambda rounded, summed: (*rounded, summed)
@@ -67,6 +67,7 @@ torch.manual_seed(0)
 for width in (48, 80):
     x, branch, weight, bias = (torch.randn(*shape, width) for shape in ((7,), (7,), (), ()))
     x[2] = 0
+    x[3] *= 1e-20
     norm, gate = fp8_rows.Norm(weight, bias, 1e-5), torch.tensor([0.7])
     calls = [
         lambda: fp8_rows.norm_quantise(x, norm),

@@ -19,7 +19,9 @@ from vlmsft.mllama.sizes import FP8_MULTIPLE, FP8_PARTS
 KEY = "model.config.frozen_fp8"
 E4M3 = torch.float8_e4m3fn
 LARGEST = torch.finfo(E4M3).max
-SMALLEST_ROW = 1e-12  # what a row of zeros is divided by
+# What a row that holds nothing larger is divided by. It over LARGEST and LARGEST over it are normal numbers of fp32;
+# no gradient is as small, neither of a mean over many tokens nor times the scale of an output
+SMALLEST_ROW = 2.0**-116
 CAPABILITY = (8, 9)
 MATRICES = {"linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"}
 
