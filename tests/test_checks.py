@@ -31,12 +31,14 @@ def test_demo_has_none():
 
 
 FP8 = ["peft=lora", "model.config.frozen_fp8=tower"]
+FP8_ALL = ["peft=lora", "model.config.frozen_fp8=all"]
 FROZEN = [
     "model.config.freeze_language_model=true",
     "model.config.freeze_vision_model=true",
     "model.config.freeze_vision_projection=true",
 ]
 LEAN = "model.config.lean_forward=true"
+TP_2 = "strategy.tensor_model_parallel_size=2"
 CASES = [
     # overrides of experiment=demo, the key that is named, a part of what was expected
     (["strategy.pipeline_model_parallel_size=2"], "strategy.pipeline_model_parallel_size", "1"),
@@ -68,11 +70,24 @@ CASES = [
     ([f"+{TEXT}.cpu_offloading=true"], f"{TEXT}.cpu_offloading", "false"),
     ([f"+{TEXT}.fp8=hybrid"], f"{TEXT}.fp8", "null"),
     (["model.config.frozen_fp8=tower"], "model.config.frozen_fp8", "null where something of the tower trains"),
-    (["peft=lora", "model.config.frozen_fp8=text"], "model.config.frozen_fp8", "tower or null"),
+    (["peft=lora", "model.config.frozen_fp8=text"], "model.config.frozen_fp8", "tower, all or null"),
+    (
+        ["model.config.freeze_vision_model=true", "model.config.frozen_fp8=all"],
+        "model.config.frozen_fp8",
+        "tower or null where the text decoder's own weights train",
+    ),
+    (["peft=lora_tower", "model.config.frozen_fp8=all"], "model.config.frozen_fp8", "null where something"),
     (["peft=lora_tower", "model.config.frozen_fp8=tower"], "model.config.frozen_fp8", "null where something"),
     ([*FP8, "model.config.lean_forward=false"], "model.config.lean_forward", "null or true"),
-    ([*FP8, "strategy.tensor_model_parallel_size=2"], "strategy.tensor_model_parallel_size", "1 where there are"),
+    ([*FP8, "strategy.tensor_model_parallel_size=2"], "strategy.tensor_model_parallel_size", "1 with"),
+    ([*FP8_ALL, "strategy.tensor_model_parallel_size=2"], "strategy.tensor_model_parallel_size", "1 with"),
+    (
+        ["model.config.freeze_vision_model=true", "model.config.frozen_fp8=tower", TP_2, "trainer.devices=2"],
+        "strategy.tensor_model_parallel_size",
+        "1 with model.config.frozen_fp8=tower",
+    ),
     ([*FP8, f"{VISION}.ffn_hidden_size=120"], f"{VISION}.ffn_hidden_size", "a multiple of 16"),
+    ([*FP8_ALL, f"{TEXT}.ffn_hidden_size=120"], f"{TEXT}.ffn_hidden_size", "a multiple of 16"),
     ([f"{VISION}.recompute_granularity=some"], f"{VISION}.recompute_granularity", "full, selective or null"),
     (
         [LEAN, "peft=lora", "strategy.tensor_model_parallel_size=2", "trainer.devices=2"],
@@ -164,6 +179,13 @@ def test_adapters_are_trained_where_all_weights_are_frozen():
 )
 def test_a_frozen_tower_can_be_in_fp8(overrides):
     assert problems("experiment=demo", *overrides, "model.config.frozen_fp8=tower") == []
+
+
+@pytest.mark.parametrize("overrides", [["peft=lora"], FROZEN[:2]], ids=["LoRA", "frozen"])
+def test_a_frozen_text_decoder_can_be_in_fp8_as_well(overrides):
+    assert problems("experiment=demo", *overrides, "model.config.frozen_fp8=all") == []
+    in_fp8 = [*overrides, "model.config.frozen_fp8=tower", f"{TEXT}.ffn_hidden_size=120"]
+    assert problems("experiment=demo", *in_fp8) == [], "the text decoder's sizes matter where it is in fp8"
 
 
 def test_every_minimum_is_a_key():

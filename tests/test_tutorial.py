@@ -213,7 +213,7 @@ def test_data_values():
 OUR_FIELDS = {
     "layers": "which kit of layers: TransformerEngine's or portable ones",
     "lean_forward": "layers as plain functions, or Megatron's classes",
-    "frozen_fp8": "products with the frozen tower's matrices in fp8; NeMo's fp8 is TransformerEngine's, for all",
+    "frozen_fp8": "products with frozen matrices in fp8; NeMo's fp8 is TransformerEngine's, for all",
     "freeze_language_model": "what is trained; NeMo's MLlama has no such switch",
     "freeze_vision_model": "as above",
     "freeze_vision_projection": "as above",

@@ -120,14 +120,23 @@ def frozen_fp8_is_possible(facts: Facts) -> Iterator[Problem]:
         expected = f"{', '.join(sizes.FP8_PARTS)} or null"
         yield Problem(key, repr(which), expected, nearest(str(which), sizes.FP8_PARTS))
         return
-    yield from needs_megatrons_layers(facts, f"{key}={which}", f"{key}=null")
+    for problem in needs_megatrons_layers(facts, f"{key}={which}", f"{key}=null"):
+        if problem.where != TENSOR_PARALLEL:
+            yield problem
+    tp = facts[TENSOR_PARALLEL]
+    if type(tp) is int and tp > 1:
+        yield Problem(TENSOR_PARALLEL, str(tp), f"1 with {key}={which}", f"Or {key}=null")
     if facts["model.config.lean_forward"] is False:
         expected = f"null or true with {key}"
         yield Problem("model.config.lean_forward", "false", expected, "Megatron's classes have bf16 only")
     if not _tower_is_frozen(facts):
         remedy = "peft=lora or model.config.freeze_vision_model=true freezes it"
         yield Problem(key, which, "null where something of the tower trains", remedy)
-    for name in [f"{VISION}.{width}" for width in ("hidden_size", "ffn_hidden_size")]:
+    if which == "all" and not any(facts[f"{of}.freeze_language_model"] is True for of in ("model.config", "peft")):
+        remedy = "peft=lora or model.config.freeze_language_model=true freezes them"
+        yield Problem(key, which, "tower or null where the text decoder's own weights train", remedy)
+    parts = (VISION, TEXT) if which == "all" else (VISION,)
+    for name in [f"{part}.{width}" for part in parts for width in ("hidden_size", "ffn_hidden_size")]:
         if type(facts[name]) is int and facts[name] % sizes.FP8_MULTIPLE:
             yield Problem(name, str(facts[name]), f"a multiple of {sizes.FP8_MULTIPLE} with {key}")
 

@@ -82,6 +82,7 @@ TRANSFORMER_ENGINE_GIB = [
     (FEW, FULL, IN_TOWER_AGAIN, 4, 256, 2, 56.8),
 ]
 TOWER_MATRICES = (32 + 8) * 1280 * (4 * 1280 + 2 * 5120)
+TEXT_MATRICES = (32 + 8) * 4096 * (4096 + 2 * 1024 + 4096 + 3 * 14336)
 LEAN_WITHIN = 0.003  # 0.22 % at most; a plan needs 10 %, but a term that is lost or counted twice shows in less
 WITHIN = 0.02
 
@@ -200,6 +201,22 @@ def test_the_frozen_tower_in_fp8_costs_a_byte_a_number(training, copies):
     assert in_fp8.weights - plain.weights == copies
     assert in_fp8.training - plain.training == pytest.approx(copies)
     assert in_fp8.build == plain.build, "made at the first forward pass"
+
+
+@pytest.mark.parametrize(
+    ("training", "copies"),
+    [
+        (TEXT_LORA, TOWER_MATRICES + TEXT_MATRICES),
+        (TOWER_LORA, TEXT_MATRICES),
+        (FROZEN_TOWER, TOWER_MATRICES),
+        (FULL, 0),
+    ],
+    ids=["LoRA on text", "LoRA everywhere", "frozen tower", "full"],
+)
+def test_all_that_is_frozen_in_fp8_costs_a_byte_a_number(training, copies):
+    plain, in_fp8 = (estimate(training, frozen_fp8=which) for which in (None, "all"))
+    assert in_fp8.weights - plain.weights == copies
+    assert in_fp8.build == plain.build
 
 
 def test_where_the_backward_pass_goes():

@@ -118,7 +118,8 @@ class MLlamaConfig(MLlamaModelConfig):
     lean_forward: layers as plain functions (vlmsft.mllama.lean) rather than through Megatron's classes; None: wherever
         nothing needs these. True where something does: forward raises UserError with the reason
     frozen_fp8: tower: products with the matrices of its layers in fp8 (vlmsft.mllama.fp8) as long as nothing of it
-        trains; in plain functions only
+        trains; all: with the text decoder's that don't train as well. In plain functions only, not with tensor
+        parallelism
     freeze_language_model, freeze_vision_model, freeze_vision_projection: no gradients for the text decoder
         (cross-attention included), the tower, the projector
     gate_init: what a fresh model's gates hold. Meta's 0 lets a finished text model learn to see without forgetting; a
@@ -163,7 +164,7 @@ class MLlamaConfig(MLlamaModelConfig):
         if problems:
             raise ValueError("; ".join(problems))
         if self.frozen_fp8 is not None:
-            fp8.require_possible(self.frozen_fp8)
+            fp8.require_possible(self.frozen_fp8, self.tensor_model_parallel_size)
         for part in (text, vision):
             part.layers = self.layers
             for name in _FOLLOW_TOP:

@@ -1,9 +1,10 @@
-"""The frozen tower's matrices in fp8 (e4m3, 4 bits of precision), which a GPU of compute capability 8.9 or more
-multiplies nearly twice as fast as bf16.
+"""Frozen matrices in fp8 (e4m3, 4 bits of precision), which a GPU of compute capability 8.9 or more multiplies nearly
+twice as fast as bf16: the tower's, whose passes have no gradient, or the text decoder's as well.
 
 Both factors of a product are rounded to e4m3 with a scale for each row of the activations and each output of the
 matrix; sums and results are what they were. The activations' scales are those of the rows at hand, the matrices are
 rounded once. Their bf16 originals stay where they are: checkpoints, exports and merged adapters see no difference.
+A frozen matrix has no gradient of its own; what passes through it backwards is rounded as activations are (`project`).
 """
 
 from __future__ import annotations
@@ -23,8 +24,7 @@ LARGEST = torch.finfo(E4M3).max
 # no gradient is as small, neither of a mean over many tokens nor times the scale of an output
 SMALLEST_ROW = 2.0**-116
 CAPABILITY = (8, 9)
-MATRICES = {"linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"}
-
+MATRICES = {"linear_qkv", "linear_proj", "linear_fc1", "linear_fc2", "linear_q", "linear_kv"}
 
 Rounded = tuple[Tensor, Tensor]
 """(N, K) in e4m3, and (N, 1) in fp32 that gives the numbers back when multiplied."""
@@ -48,23 +48,70 @@ def multiply(rows: Rounded, matrix: Rounded) -> Tensor:
     )
 
 
+def project(x: Tensor, matrix: Rounded) -> Tensor:
+    """(N, in), (out, in) -> (N, out) in x's precision, with a gradient of x; torch.compile sees through it."""
+    return _Project.apply(x, *matrix)  # pyright: ignore[reportReturnType]
+
+
+class _Project(torch.autograd.Function):
+    """Backwards the same rounded numbers of the matrix, and the gradient's rows rounded anew."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, numbers: Tensor, scale: Tensor) -> Tensor:
+        ctx.save_for_backward(numbers, scale)
+        return multiply(quantise(x.contiguous()), (numbers, scale)).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        numbers, scale = ctx.saved_tensors
+        # an output's scale can't leave the sum over outputs: the rows take it
+        rows = quantise(gradient.contiguous().float() * scale.t())
+        return multiply_back(*rows, numbers).to(gradient.dtype), None, None
+
+
+@torch.library.custom_op("vlmsft::multiply_back", mutates_args=(), schema="(Tensor r, Tensor s, Tensor n) -> Tensor")
+def multiply_back(rows: Tensor, scale: Tensor, numbers: Tensor) -> Tensor:
+    """(N, out) in e4m3, their (N, 1) scales, (out, in) in e4m3 -> (N, in) in bf16.
+
+    A GPU sums along contiguous numbers only, so that those of the matrix are copied transposed: a byte read and written
+    for each, of which the text decoder of 11B has 8.7e9. One operation, since torch.compile would make the copies in
+    the forward pass, which depend on nothing else, and keep all 8.1 GiB of them for the backward pass.
+    """
+    ones = torch.ones(numbers.shape[1], 1, device=scale.device)
+    return multiply((rows, scale), (_transposed(numbers), ones))
+
+
+@multiply_back.register_fake
+def _(rows: Tensor, scale: Tensor, numbers: Tensor) -> Tensor:
+    return rows.new_empty(rows.shape[0], numbers.shape[1], dtype=torch.bfloat16)
+
+
+def _transposed(numbers: Tensor) -> Tensor:
+    if not numbers.is_cuda:
+        return numbers.t().contiguous()
+    # here, since torch for a CPU comes without Triton
+    from vlmsft.mllama.fp8_kernels import transpose
+
+    return transpose(numbers)
+
+
 class FrozenMatrices:
-    """Keeps a `quantised` (Rounded) beside each matrix of the tower's layers, as long as nothing of the tower trains or
-    has an adapter.
+    """Keeps a `quantised` (Rounded) beside matrices: of the tower's layers, as long as nothing of the tower trains or
+    has an adapter; of the text decoder's layers with which=all, each as long as it doesn't train itself.
 
     An attribute of the module that owns the matrix, which no state dict and no export has.
     """
 
-    def __init__(self, tower: nn.Module):
-        """Raises UserError for a matrix whose sizes fp8 products don't take."""
+    def __init__(self, which: str, tower: nn.Module, decoder: nn.Module):
+        """which: of FP8_PARTS. Raises UserError for a matrix whose sizes fp8 products don't take."""
         self._tower = tower
-        named = (module for name, module in tower.named_modules() if name.rpartition(".")[2] in MATRICES)
-        self._linears: list[Any] = [getattr(module, "to_wrap", module) for module in named]
-        for module in self._linears:
+        self._of_tower = _linears(tower)
+        self._of_decoder = _linears(decoder) if which == "all" else []
+        for module in (*self._of_tower, *self._of_decoder):
             if any(size % FP8_MULTIPLE for size in module.weight.shape):
                 sizes = " x ".join(str(size) for size in module.weight.shape)
                 raise UserError(
-                    Problem(KEY, f"tower, and a matrix of {sizes}", f"sizes that are multiples of {FP8_MULTIPLE}")
+                    Problem(KEY, f"{which}, and a matrix of {sizes}", f"sizes that are multiples of {FP8_MULTIPLE}")
                 )
             module.quantised = module.quantised_from = None
 
@@ -75,19 +122,35 @@ class FrozenMatrices:
         `weight.data` goes unnoticed.
         """
         frozen = not any(p.requires_grad or ".adapter." in name for name, p in self._tower.named_parameters())
-        for module in self._linears:
-            weight = module.weight
-            now = (weight.data_ptr(), weight._version) if frozen else None
-            if now != module.quantised_from:
-                module.quantised = quantise(weight.detach()) if frozen else None
-                module.quantised_from = now
+        for module in self._of_tower:
+            _round(module, frozen)
+        for module in self._of_decoder:
+            _round(module, not module.weight.requires_grad)
 
 
-def require_possible(which: str) -> None:
-    """Raises UserError where `which` is none of FP8_PARTS, and where the GPU that a model is built on has no fp8
-    products. A CPU has them, slow as they are."""
+def _linears(part: nn.Module) -> list[Any]:
+    """Those that own a matrix of the part's layers, out of their adapters."""
+    named = (module for name, module in part.named_modules() if name.rpartition(".")[2] in MATRICES)
+    return [getattr(module, "to_wrap", module) for module in named]
+
+
+def _round(module: Any, frozen: bool) -> None:
+    weight = module.weight
+    now = (weight.data_ptr(), weight._version) if frozen else None
+    if now != module.quantised_from:
+        with torch.inference_mode(False):  # what a validation rounds, a backward pass uses
+            module.quantised = quantise(weight.detach()) if frozen else None
+        module.quantised_from = now
+
+
+def require_possible(which: str, tensor_model_parallel_size: int = 1) -> None:
+    """Raises UserError where `which` is none of FP8_PARTS, for matrices that are split, and where the GPU that a model
+    is built on has no fp8 products. A CPU has them, slow as they are."""
     if which not in FP8_PARTS:
         raise UserError(Problem(KEY, repr(which), f"{', '.join(FP8_PARTS)} or null", nearest(str(which), FP8_PARTS)))
+    if tensor_model_parallel_size > 1:
+        found = f"{which} with tensor_model_parallel_size {tensor_model_parallel_size}"
+        raise UserError(Problem(KEY, found, "null, or tensor_model_parallel_size 1"))
     if not torch.cuda.is_available():
         return
     found = torch.cuda.get_device_capability()

@@ -41,6 +41,7 @@ class Linear(NamedTuple):
     """A linear layer, the norm in front of it (if its module holds one) and its adapter (if it has one).
 
     scale, dropout, training: of the adapter, whose input is dropped out
+    quantised: the weight in fp8, where fp8.FrozenMatrices keeps one
     """
 
     weight: Tensor
@@ -51,6 +52,7 @@ class Linear(NamedTuple):
     scale: float
     dropout: float
     training: bool
+    quantised: fp8.Rounded | None
 
 
 class Heads(NamedTuple):
@@ -141,7 +143,8 @@ def _is_adapted(module: nn.Module) -> bool:
 def linear_of(module: Any) -> Linear:
     """A Megatron, TransformerEngine or portable linear, bare or in NeMo's LoRALinear."""
     if not _is_adapted(module):
-        return Linear(module.weight, _given(module.bias), _norm_of(module), None, None, 1.0, 0.0, False)
+        plain = (module.weight, _given(module.bias), _norm_of(module), None, None, 1.0, 0.0, False)
+        return Linear(*plain, _quantised_of(module))
     base, adapter = module.to_wrap, module.adapter
     dropout = adapter.dropout.p if adapter.dropout is not None else 0.0
     if not isinstance(adapter.activation, nn.Identity) or (dropout and adapter.dropout_position != "pre"):
@@ -155,6 +158,7 @@ def linear_of(module: Any) -> Linear:
         adapter.alpha / adapter.dim,
         dropout,
         adapter.training,
+        _quantised_of(base),
     )
 
 
@@ -165,6 +169,10 @@ def _given(tensor: Tensor | None) -> Tensor | None:
 
 def _norm_of(module: nn.Module) -> Tensor | None:
     return getattr(module, "layer_norm_weight", None)
+
+
+def _quantised_of(module: nn.Module) -> fp8.Rounded | None:
+    return getattr(module, "quantised", None)
 
 
 def _run(function: Callable, rows: tuple[Tensor, ...], *args: Any) -> Any:
@@ -189,12 +197,19 @@ def _project(x: Tensor, linear: Linear, eps: float = 0.0) -> Tensor:
     """(N, in) -> (N, out): norm, linear and adapter."""
     if linear.norm is not None:
         x = F.rms_norm(x, linear.norm.shape, linear.norm, eps)
-    y = F.linear(x, linear.weight, linear.bias)
+    y = _multiply(x, linear)
     if linear.down is None or linear.up is None:
         return y
     if linear.dropout:
         x = F.dropout(x, linear.dropout, linear.training)
     return y + linear.scale * F.linear(F.linear(x, linear.down), linear.up)
+
+
+def _multiply(x: Tensor, linear: Linear) -> Tensor:
+    if linear.quantised is None:
+        return F.linear(x, linear.weight, linear.bias)
+    y = fp8.project(x, linear.quantised)
+    return y if linear.bias is None else y + linear.bias
 
 
 # --- tensor parallelism ---------------------------------------------------------------------------------------------
@@ -369,7 +384,7 @@ def tower_layer(layer: Any, x: Tensor, plan: TowerPlan) -> Tensor:
     layer norm is faster at this width than torch.compile's or TransformerEngine's.
     """
     attention, mlp, rows = layer.self_attention, layer.mlp, x.view(-1, x.shape[-1])
-    if getattr(attention.linear_qkv, "quantised", None) is not None:
+    if _quantised_of(attention.linear_qkv) is not None:
         return _tower_layer_in_fp8(layer, rows, plan).view_as(x)
     normalised = _for_all_ranks(_layer_norm(rows, _norm(layer.input_layernorm, layer)))
     attended = _attend_tower(attention, _project(normalised, linear_of(attention.linear_qkv)), plan)

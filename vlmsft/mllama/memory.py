@@ -23,6 +23,7 @@ from vlmsft.mllama.sizes import (
     VisionShape,
     lora_matrices,
     parameter_counts,
+    text_matrices,
     tower_matrices,
 )
 
@@ -168,7 +169,7 @@ def memory_estimate(
     trained = sum(count.per_rank(tp) for part, count in counts.items() if trains[part]) + lora.per_rank(tp)
     shards = data_parallel_size if distributed_optimizer else 1
     weights, gradients, optimizer = training_bytes(held, trained, bf16=bf16, optimizer_shards=shards)
-    weights += fp8_bytes(vision, training, frozen_fp8)
+    weights += fp8_bytes(text, vision, training, frozen_fp8)
 
     tiles = vision.max_num_tiles if tiles_per_image is None else tiles_per_image
     images = micro_batch_size * images_per_sample
@@ -205,13 +206,14 @@ def training_bytes(held: int, trained: int, *, bf16: bool, optimizer_shards: int
     return (2 if bf16 else 4) * held, 4 * trained, (12 if bf16 else 8) * trained / optimizer_shards
 
 
-def fp8_bytes(vision: VisionShape, training: Training, which: str | None) -> int:
+def fp8_bytes(text: TextShape, vision: VisionShape, training: Training, which: str | None) -> int:
     """Of the frozen matrices' copies (fp8.FrozenMatrices), which the first forward pass makes; which: frozen_fp8.
 
-    Their scales, less than a hundredth of that, are left out, and what the tower's passes save: the text decoder's are
-    the peak.
+    Their scales, less than a hundredth of that, are left out; the transposed copy that a backward product makes of one
+    matrix (11B: 0.11 GiB); and what the tower's passes save: the text decoder's are the peak.
     """
-    return tower_matrices(vision) if which is not None and not training.through_tower else 0
+    of_tower = tower_matrices(vision) if which is not None and not training.through_tower else 0
+    return of_tower + (text_matrices(text) if which == "all" and not training.text else 0)
 
 
 def building_bytes(

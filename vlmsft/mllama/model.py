@@ -131,7 +131,8 @@ class MLlamaBase(MLlamaBaseModel):
             expected = "null where layers run as Megatron's classes"
             raise UserError(Problem(fp8.KEY, f"{which}, but {megatron_because}", expected))
         if self._frozen_matrices is None:
-            self._frozen_matrices = fp8.FrozenMatrices(self.vision_model.vision_encoder)
+            tower, decoder = self.vision_model.vision_encoder, self.language_model.decoder
+            self._frozen_matrices = fp8.FrozenMatrices(which, tower, decoder)
         self._frozen_matrices.update()
 
     def _without_images(self, tokens: Tensor, labels: Tensor | None, answer_rows: Tensor | None) -> Tensor:

@@ -16,8 +16,8 @@ GIB = 1024**3
 NUM_EXTRA_EMBEDDINGS = 8
 # The tower pads each tile's tokens to a multiple of 8, as HF does (NeMo mllama/model/vision.py)
 TOKEN_MULTIPLE = 8
-FP8_PARTS = ("tower",)
-"""Of whose frozen matrices model.config.frozen_fp8 makes copies."""
+FP8_PARTS = ("tower", "all")
+"""Of whose frozen matrices model.config.frozen_fp8 makes copies; all: of tower and text decoder."""
 # What torch._scaled_mm wants both sizes of a matrix to be a multiple of
 FP8_MULTIPLE = 16
 # transformers' supported aspect ratios for four tiles; id 0 stands for "no image"
@@ -140,6 +140,13 @@ def text_count(text: TextShape) -> Count:
     embeddings = Count(2 * text.vocab_size * h + NUM_EXTRA_EMBEDDINGS * h, h)  # and the final norm
     layers = (attention + mlp) * text.num_layers
     return layers + (cross_attention + mlp) * text.num_cross_attention_layers + embeddings
+
+
+def text_matrices(text: TextShape) -> int:
+    """Numbers in the matrices of the text decoder's layers; 11B: 8.724e9."""
+    h, f = text.hidden_size, text.ffn_hidden_size
+    layer = 2 * h * (text.query_size + text.key_size) + 3 * h * f
+    return layer * (text.num_layers + text.num_cross_attention_layers)
 
 
 def tower_count(vision: VisionShape) -> Count:
