@@ -18,10 +18,10 @@ FLOPs (vlmsft.mllama.flops) of what the system trains at 798 TFLOP/s, what a lar
 H100. Speeds are divided by those of systems that train the same: NeMo's recipe is beside vlmsft-tower, not vlmsft.
 
     --cases main|more|all   the table; more shapes, LoRA on the tower, full fine-tuning of text layers; both
-    --only NAME[,NAME]      these in this order: nemo, hf, vlmsft, vlmsft-fp8, hf-long,
-                            vlmsft-shapes, vlmsft-tower, vlmsft-full
+    --only NAME[,NAME]      these in this order: nemo, hf, vlmsft, vlmsft-fp8, vlmsft-fp8-all,
+                            hf-long, vlmsft-shapes, vlmsft-tower, vlmsft-full
     --compare               instead: losses and LoRA gradients of vlmsft and of NeMo's stock model in bf16, and of
-                            vlmsft with the tower in fp8, beside fp32
+                            vlmsft with the tower and with all that is frozen in fp8, beside fp32
     --table lines.jsonl     prints the Markdown of an earlier run
 
 Each result is a JSON line as soon as it is there, behind those of earlier runs into the same file. Without a GPU: tiny

@@ -79,6 +79,13 @@ MORE = (
         ("peft=lora", "model.config.frozen_fp8=tower"),
         note="the tower in fp8",
     ),
+    Case(
+        "vlmsft-fp8-all",
+        "vlmsft",
+        tuple(Phase(size, warm_up=2, steps=5) for size in (4, 8, 16)),
+        ("peft=lora", "model.config.frozen_fp8=all"),
+        note="tower and text in fp8",
+    ),
     Case("hf-long", "hf", (Phase(4, text_tokens=1024, warm_up=2, steps=4),)),
     Case(
         "vlmsft-shapes",

@@ -37,8 +37,8 @@ class Outcome:
 
 def compare(write: Write, on_gpu: bool) -> None:
     """The whole model, one after the other: NeMo's stock classes in bf16; vlmsft's in bf16 as it trains; with the
-    tower's matrices in fp8; in fp32 with torch's layers; that with other images. Weights are drawn
-    anew for each, by their names, and rounded to bf16. What fails is left out."""
+    tower's matrices in fp8, and with the text decoder's as well; in fp32 with torch's layers; that with other images.
+    Weights are drawn anew for each, by their names, and rounded to bf16. What fails is left out."""
     set_up(on_gpu)
     cfg = compose(MAIN[-1], on_gpu, WITHOUT_DROPOUT, *([] if on_gpu else tiny_overrides()))
     sizes = cfg.model.config
@@ -53,6 +53,11 @@ def compare(write: Write, on_gpu: bool) -> None:
             lambda: build_ours(cfg, on_gpu, **precision(low), frozen_fp8="tower"),
             ours_inputs,
             {"vlmsft, bf16, the tower in fp8": samples},
+        ),
+        (
+            lambda: build_ours(cfg, on_gpu, **precision(low), frozen_fp8="all"),
+            ours_inputs,
+            {"vlmsft, bf16, tower and text in fp8": samples},
         ),
         (lambda: build_ours(cfg, on_gpu, **exactly), ours_inputs, {EXACT: samples, OTHER: others}),
     )
