@@ -32,11 +32,12 @@ the script works and measures nothing.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import itertools
 import json
-import os
-import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -46,6 +47,7 @@ from typing import Any
 
 from hardware import versions
 from train_gpu_cases import PEAK_TFLOPS, SETS, Case, Phase, compose, small, tflop_per_sample
+from waiting import Waiting
 
 PACKAGES = ("torch", "transformer_engine", "megatron-core", "nemo_toolkit", "transformers", "peft")
 COMPARE = "compare"
@@ -59,8 +61,8 @@ def main() -> None:
         run_here(arguments.here, arguments.output)
     else:
         names = [COMPARE] if arguments.compare else [case.name for case in chosen(arguments)]
-        for name in names:
-            start(name, arguments.output, arguments.limit)
+        with tempfile.TemporaryDirectory() as folder:
+            run_all(names, arguments.output, arguments.limit, Path(folder))
         print(table(read(arguments.output)))
 
 
@@ -88,21 +90,39 @@ def chosen(arguments: argparse.Namespace) -> list[Case]:
 # --- the parent -------------------------------------------------------------------------------------------------------
 
 
-def start(name: str, output: Path, limit: float) -> None:
-    """Runs a case in a process of its own, whose talk goes to a file beside the output."""
-    log, started = output.with_suffix(f".{name}.log"), time.monotonic()
+def run_all(names: Sequence[str], output: Path, limit: float, folder: Path) -> None:
+    """Each in a process of its own, whose talk goes to a file beside the output; the next one imports meanwhile."""
+
+    def wait(name: str) -> Waiting:
+        def start(words: list[str]) -> subprocess.Popen[bytes]:
+            with open(log_of(name, output), "w") as talk:
+                return subprocess.Popen(
+                    [sys.executable, *words], stdout=talk, stderr=subprocess.STDOUT, start_new_session=True
+                )
+
+        return Waiting(start, folder)
+
+    with contextlib.ExitStack() as processes:
+        case = processes.enter_context(wait(names[0]))
+        for name, next_name in itertools.zip_longest(names, names[1:]):
+            following = processes.enter_context(wait(next_name)) if next_name else case
+            run(case, name, output, limit)
+            case = following
+
+
+def log_of(name: str, output: Path) -> Path:
+    return output.with_suffix(f".{name}.log")
+
+
+def run(case: Waiting, name: str, output: Path, limit: float) -> None:
+    log, started = log_of(name, output), time.monotonic()
     before = len(read(output))
-    command = [sys.executable, __file__, "--here", name, "--output", str(output)]
-    with open(log, "w") as talk:
-        process = subprocess.Popen(command, stdout=talk, stderr=subprocess.STDOUT, start_new_session=True)
-        try:
-            ended = f"exit code {process.wait(limit)}"
-        except subprocess.TimeoutExpired:
-            ended = f"ended after {limit:.0f} s"
-        finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+    process = case.run([__file__, "--here", name, "--output", str(output.absolute())])
+    try:
+        ended = f"exit code {process.wait(limit)}"
+    except subprocess.TimeoutExpired:
+        ended = f"ended after {limit:.0f} s"
+        case.kill()
     print(f"{name}: {time.monotonic() - started:.0f} s, {ended}", flush=True)
     for result in read(output)[before:]:
         print("   ", describe(result), flush=True)

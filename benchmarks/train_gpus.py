@@ -32,8 +32,6 @@ import argparse
 import contextlib
 import csv
 import json
-import os
-import signal
 import subprocess
 import sys
 import tempfile
@@ -46,6 +44,7 @@ from typing import Any
 import input_pipeline as photographs
 import yaml
 from input_pipeline import formatted, median
+from waiting import Waiting
 
 RUNS = "benchmark"
 WARM_UP = 3  # steps; kernels are compiled in the first ones
@@ -165,7 +164,7 @@ def main() -> None:
     output = arguments.output.absolute()
     results = []
     with tempfile.TemporaryDirectory() as scratch:
-        sizes = {1, scale.gpus} if set(arguments.only) - {"sweep"} else set()
+        sizes = {1, *(count for count in COUNTS if count <= scale.gpus), scale.gpus}
         with waiting(sizes, Path(scratch)) as ranks:
             files = photographs.make_files(Path(scratch), scale.photographs)
             bench = Bench(scale, files, output, arguments.limit, ranks)
@@ -293,30 +292,22 @@ GROUPS: dict[str, Callable[[Bench], Iterator[dict[str, Any]]]] = {
 # --- one case ---------------------------------------------------------------------------------------------------------
 
 
-class Ranks:
-    """torchrun and its processes, which wait for what they are to run (waiting.py)."""
+def ranks_for(num_processes: int, folder: Path) -> Waiting:
+    def start(words: list[str]) -> subprocess.Popen[str]:
+        return photographs.start([*torchrun(num_processes), *words], folder, CUDA_DEVICE_MAX_CONNECTIONS="1")
 
-    def __init__(self, num_processes: int, folder: Path):
-        self.file, self.folder = Path(tempfile.mkdtemp(dir=folder), "words.json"), folder
-        command = [*torchrun(num_processes), str(Path(__file__).with_name("waiting.py")), str(self.file)]
-        self.process = photographs.start(command, folder, CUDA_DEVICE_MAX_CONNECTIONS="1")
-
-    def run(self, words: list[str]) -> None:
-        whole = self.file.with_name("whole.json")
-        whole.write_text(json.dumps(words), encoding="utf-8")
-        whole.rename(self.file)
+    return Waiting(start, folder)
 
 
 @contextlib.contextmanager
-def waiting(sizes: set[int], folder: Path) -> Iterator[dict[int, Ranks]]:
-    """Ranks by their number of processes; those that are still there at the end are killed."""
-    ranks = {size: Ranks(size, folder) for size in sizes}
+def waiting(sizes: set[int], folder: Path) -> Iterator[dict[int, Waiting]]:
+    """By number of processes; those that still wait at the end are killed."""
+    ranks = {size: ranks_for(size, folder) for size in sizes}
     try:
         yield ranks
     finally:
         for one in ranks.values():
-            os.killpg(one.process.pid, signal.SIGKILL)  # torchrun: its processes end when it has
-            one.process.wait()
+            one.kill()
 
 
 @dataclass
@@ -325,7 +316,7 @@ class Bench:
     files: photographs.Files
     output: Path
     limit: float
-    ranks: dict[int, Ranks]
+    ranks: dict[int, Waiting]
 
     def __post_init__(self) -> None:
         self.losses: dict[tuple[str, str], list[float]] = {}
@@ -447,10 +438,9 @@ class Bench:
 
     def start(self, num_processes: int, words: list[str]) -> subprocess.Popen[str]:
         """Gives ranks their words, and has the next ones import meanwhile."""
-        ranks = self.ranks.pop(num_processes, None) or Ranks(num_processes, self.files.folder)
-        ranks.run(words)
-        self.ranks[num_processes] = Ranks(num_processes, self.files.folder)
-        return ranks.process
+        process = self.ranks[num_processes].run(words)
+        self.ranks[num_processes] = ranks_for(num_processes, self.files.folder)
+        return process
 
     def with_differences(self, case: Case, result: dict[str, Any]) -> dict[str, Any]:
         losses = result.get("losses", [])

@@ -1,4 +1,4 @@
-"""A process that has imported NeMo when its work comes: python benchmarks/waiting.py FILE
+"""Processes that have imported NeMo when their work comes: python benchmarks/waiting.py FILE
 
 Importing takes 40 s, in which the GPUs of a benchmark would be idle: this does it while an earlier case has them. FILE
 is a JSON list, once it is there: what stands behind `python` on the command line that is to be run here.
@@ -9,11 +9,46 @@ from __future__ import annotations
 import json
 import os
 import runpy
+import signal
+import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 POLL_SECONDS = 0.05
+
+
+class Waiting:
+    """A process, or torchrun with its own, that is told later what to run.
+
+    start: starts `python WORDS`, or torchrun with them, in a session of its own
+    As a context: what still runs at its end is killed.
+    """
+
+    def __init__(self, start: Callable[[list[str]], subprocess.Popen[Any]], folder: Path):
+        self._file = Path(tempfile.mkdtemp(dir=folder), "words.json")
+        self.process = start([__file__, str(self._file)])
+
+    def run(self, words: list[str]) -> subprocess.Popen[Any]:
+        """What stands behind `python` on a command line."""
+        whole = self._file.with_name("whole.json")
+        whole.write_text(json.dumps(words), encoding="utf-8")
+        whole.rename(self._file)
+        return self.process
+
+    def __enter__(self) -> Waiting:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self.process.poll() is None:
+            self.kill()
+
+    def kill(self) -> None:
+        os.killpg(self.process.pid, signal.SIGKILL)  # torchrun's processes, of other sessions, see that it has ended
+        self.process.wait()
 
 
 def main(file: Path) -> None:
@@ -35,6 +70,8 @@ def main(file: Path) -> None:
 
 def import_all() -> None:
     """What a training imports, and NeMo's recipe."""
+    import vlmsft  # noqa: I001 # sets what NeMo's import needs
+
     import lightning.pytorch  # noqa: F401
     import nemo_run  # noqa: F401
     from hydra.core.plugins import Plugins
