@@ -4,9 +4,9 @@
     python benchmarks/input_pipeline.py --cases main more
     python benchmarks/input_pipeline.py --table pipeline.jsonl
 
-Each case is a process of its own, started as a user starts it, with random weights; what it wrote into metrics.csv is
-read afterwards. A JSON line is written as soon as a case has ended, a case that fails is one, and a Markdown table
-comes last. A case takes two minutes, most of it to import NeMo and to build the model.
+Each case is a process of its own, which runs what a user would type, with random weights; what it wrote into
+metrics.csv is read afterwards. A JSON line is written as soon as a case has ended, a case that fails is one, and a
+Markdown table comes last. A case takes two minutes, most of it to build the model and to compile its kernels.
 
 photographs   400 JPEG files of 1, 2 and 4 tiles (SIZES), cropped and scaled from the packaged sample set, with noise as
               a camera has, so that a file of 640x480 has the 100 to 200 KB of a real one. The same on every machine.
@@ -26,6 +26,7 @@ Without a GPU: the tiny model on the CPU, which shows that the script works and 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import functools
 import itertools
@@ -49,6 +50,7 @@ from typing import Any
 import numpy as np
 from hardware import versions
 from PIL import Image
+from waiting import Waiting
 
 from vlmsft.config_files import sample_set
 
@@ -175,13 +177,19 @@ def main() -> None:
         return
     scale = ON_GPU if gpu_name() else TRIAL
     steps = arguments.steps or scale.steps
-    with tempfile.TemporaryDirectory() as scratch:
-        files = make_files(Path(scratch), scale)
-        results = []
-        for case in CASES:
-            if case.group not in arguments.cases or arguments.data not in (None, case.data):
-                continue
-            result = {**run(case, scale, files, steps, arguments), **files.about}
+    cases = [case for case in CASES if case.group in arguments.cases and arguments.data in (None, case.data)]
+    results = []
+    with tempfile.TemporaryDirectory() as scratch, contextlib.ExitStack() as processes:
+
+        def training() -> Waiting:  # it imports while files are made, a loader is alone, or an earlier one trains
+            return processes.enter_context(Waiting(lambda words: start([sys.executable, *words], folder), folder))
+
+        folder = Path(scratch)
+        following = training()
+        files = make_files(folder, scale)
+        for number, case in enumerate(cases, 1):
+            process, following = following, training() if number < len(cases) else following
+            result = {**run(case, process, scale, files, steps, arguments), **files.about}
             results.append(result)
             print({name: value for name, value in result.items() if name not in ("rows", "command")}, flush=True)
             if arguments.output is not None:
@@ -371,15 +379,17 @@ def about(files: Files, count: int) -> dict[str, Any]:
 # --- one case ---------------------------------------------------------------------------------------------------------
 
 
-def run(case: Case, scale: Scale, files: Files, steps: int, arguments: argparse.Namespace) -> dict[str, Any]:
+def run(
+    case: Case, process: Waiting, scale: Scale, files: Files, steps: int, arguments: argparse.Namespace
+) -> dict[str, Any]:
     """What the case gave, or the end of what it printed as `error`."""
     name = f"{case.data}-{case.micro_batch_size}-{case.num_workers}"
-    command = [sys.executable, "-m", "vlmsft.train", *overrides(case, scale, files, steps, name)]
-    shown = " ".join(["python", *command[1:]]).replace(f"{files.folder}/", "")
+    words = ["-m", "vlmsft.train", *overrides(case, scale, files, steps, name)]
+    shown = " ".join(["python", *words]).replace(f"{files.folder}/", "")
     result = {**asdict(case), "steps": steps, "global_batch_size": scale.global_batch_size, **machine()}
     result |= {"alone_samples_per_second": loader_alone(case, files), "command": shown}
     started = time.monotonic()
-    output, code = output_of(command, files.folder, arguments.case_timeout)
+    output, code = end_of(process.run(words), arguments.case_timeout)
     if arguments.logs is not None:
         arguments.logs.mkdir(parents=True, exist_ok=True)
         (arguments.logs / f"{name}.log").write_text(output, encoding="utf-8")
