@@ -69,13 +69,16 @@ class _Project(torch.autograd.Function):
         return multiply_back(*rows, numbers).to(gradient.dtype), None, None
 
 
-@torch.library.custom_op("vlmsft::multiply_back", mutates_args=(), schema="(Tensor r, Tensor s, Tensor n) -> Tensor")
+_SCHEMA = "(Tensor rows, Tensor scale, Tensor numbers) -> Tensor"
+
+
+@torch.library.custom_op("vlmsft::multiply_back", mutates_args=(), schema=_SCHEMA)
 def multiply_back(rows: Tensor, scale: Tensor, numbers: Tensor) -> Tensor:
     """(N, out) in e4m3, their (N, 1) scales, (out, in) in e4m3 -> (N, in) in bf16.
 
     A GPU sums along contiguous numbers only, so that those of the matrix are copied transposed: a byte read and written
-    for each, of which the text decoder of 11B has 8.7e9. One operation, since torch.compile would make the copies in
-    the forward pass, which depend on nothing else, and keep all 8.1 GiB of them for the backward pass.
+    for each, of which the text decoder of 11B has 8.7e9. One operation, since torch.compile would make the copies,
+    which depend on nothing else, in the forward pass, and keep all 8.1 GiB of them for the backward pass.
     """
     ones = torch.ones(numbers.shape[1], 1, device=scale.device)
     return multiply((rows, scale), (_transposed(numbers), ones))
