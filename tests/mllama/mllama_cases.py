@@ -39,6 +39,7 @@ VISION = {
 }
 
 
+ON_HOST = {"image_sample", "num_tiles", "aspect_ratio_ids", "visible_from", "visible_until"}
 TARGETS = ["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2", "linear_q", "linear_kv"]
 """The text decoder's and the tower's matrices, for LoRA."""
 
@@ -111,6 +112,11 @@ def inputs_of(batch: dict[str, Tensor], *, labels: bool = False) -> dict[str, Te
     """What MLlamaBase.forward takes."""
     skip = {"loss_mask"} if labels else {"loss_mask", "labels"}
     return {name: value for name, value in batch.items() if name not in skip}
+
+
+def on_device(batch: dict[str, Tensor], device: torch.device | str) -> dict[str, Tensor]:
+    """As a training has it: what is decided on the host stays there."""
+    return {name: value if name in ON_HOST else value.to(device) for name, value in batch.items()}
 
 
 def swap_images(batch: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -37,8 +37,8 @@ def shard(name: str, tensor: torch.Tensor, local: torch.Size, rank: int) -> torc
     return tensor.chunk(WORLD_SIZE, dim=axis)[rank]
 
 
-def compare(model: Any, state: dict[str, torch.Tensor], expected: dict[str, Any], rank: int) -> None:
-    """One batch through the model, which gets the whole model's parameters `state`."""
+def compare(model: Any, state: dict[str, torch.Tensor], expected: dict[str, Any], rank: int, within: float) -> None:
+    """One batch through the model, which gets the whole model's parameters `state`; within: of logits and losses."""
     with torch.no_grad():
         for name, p in model.named_parameters():
             p.copy_(shard(name, state[name], p.shape, rank))
@@ -52,8 +52,8 @@ def compare(model: Any, state: dict[str, torch.Tensor], expected: dict[str, Any]
     model.ddp_config = SimpleNamespace(use_megatron_fsdp=False)
     _allreduce_non_tensor_model_parallel_grads([model], model.config)
 
-    torch.testing.assert_close(logits, expected["logits"].chunk(WORLD_SIZE, dim=-1)[rank], atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(losses, expected["losses"], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(logits, expected["logits"].chunk(WORLD_SIZE, dim=-1)[rank], atol=within, rtol=within)
+    torch.testing.assert_close(losses, expected["losses"], atol=within, rtol=within)
     gradients = expected["gradients"]
     largest = max(float(g.norm()) for g in gradients.values())
     assert {name for name, p in model.named_parameters() if p.grad is not None} == set(gradients)
@@ -61,7 +61,7 @@ def compare(model: Any, state: dict[str, torch.Tensor], expected: dict[str, Any]
         if name in gradients:
             whole = shard(name, gradients[name], p.shape, rank)
             difference = float((p.grad - whole).norm()) / max(float(whole.norm()), 1e-6 * largest)
-            assert difference < 1e-4, (name, difference)
+            assert difference < 10 * within, (name, difference)
 
 
 @contextlib.contextmanager
@@ -106,13 +106,27 @@ def main(rank: int, folder: Path) -> None:
         assert shapes == expected[part]["global_shapes"], part
 
 
-def compare_all(model: Any, expected: dict[str, Any], rank: int, what: str) -> None:
+def main_on_gpu(rank: int, folder: Path) -> None:
+    """Without adapters and sequence parallelism. torch.compile's kernels sum in an order of their own."""
+    from megatron.core import parallel_state, tensor_parallel
+
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=WORLD_SIZE
+    )
+    parallel_state.initialize_model_parallel(WORLD_SIZE)
+    tensor_parallel.model_parallel_cuda_manual_seed(1234)
+    model = build(tensor_model_parallel_size=WORLD_SIZE).module.cuda()
+    assert model.megatron_because() is None
+    compare_all(model, torch.load(folder / "expected.pt"), rank, "on a GPU", within=1e-4)
+
+
+def compare_all(model: Any, expected: dict[str, Any], rank: int, what: str, within: float = 1e-5) -> None:
     batches = [(name, computed, None) for name, computed in expected["batches"].items()]
     # overlapped gradients: see test_gradient_order.py
     batches.append(("text only, overlapped", expected["batches"]["text only"], contextlib.nullcontext))
     for name, computed, no_sync_func in batches:
         model.config.no_sync_func = no_sync_func
         try:
-            compare(model, expected["state"], computed, rank)
+            compare(model, expected["state"], computed, rank, within)
         except AssertionError as error:
             raise AssertionError(f"{what}, {name}: {error}") from error

@@ -11,7 +11,8 @@ import os
 import pytest
 import torch
 from bf16_cases import apart, assert_equally_far, outcome, precision
-from mllama_cases import CASES, TILE, inputs_of, make_batch, nemo_inputs, randomise, swap_images
+from mllama_cases import CASES, TILE, build, inputs_of, make_batch, nemo_inputs, on_device, randomise, swap_images
+from nemo_forks import Forked, environment, wait_for_all
 
 pytestmark = pytest.mark.gpu
 
@@ -26,7 +27,6 @@ TEXT = {
     "seq_length": 128,
 }
 VISION = {"num_layers": 32, "num_global_layers": 8, "vision_chunk_size": TILE, "text_hidden_size": 256}
-HOST = {"image_sample", "num_tiles", "aspect_ratio_ids", "visible_from", "visible_until"}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -101,7 +101,7 @@ def stock(reference):
 
 
 def on_gpu(batch):
-    return {name: value if name in HOST else value.cuda() for name, value in batch.items()}
+    return on_device(batch, "cuda")
 
 
 @torch.no_grad()
@@ -343,6 +343,16 @@ def assert_a_step_never_waits(model, batch):
         model(**batch).mean().backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_two_tensor_parallel_ranks_equal_one(tmp_path):
+    """The compiled functions and the ranks' sums between them. On one GPU, over gloo: NCCL wants one for each rank."""
+    from tensor_parallel_worker import main_on_gpu
+    from test_tensor_parallel import computed_by_one
+
+    torch.save(computed_by_one(build().module.cuda()), tmp_path / "expected.pt")
+    ranks = [Forked(main_on_gpu, rank, tmp_path, folder=tmp_path, environment=environment()) for rank in range(2)]
+    wait_for_all(ranks, seconds=300)
 
 
 def test_lora_equals_merged_weights(reference):

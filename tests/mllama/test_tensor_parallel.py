@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from mllama_cases import CASES, TARGETS, Sample, build, inputs_of, make_batch, with_lora
+from mllama_cases import CASES, TARGETS, Sample, build, inputs_of, make_batch, on_device, with_lora
 from nemo_forks import Forked, environment, wait_for_all
 
 BATCHES = {
@@ -21,9 +21,9 @@ BATCHES = {
 
 def computed_by_one(model) -> dict[str, Any]:
     """The model's parameters, the shapes in its checkpoint, and for each batch what a rank is to compute."""
-    batches = {}
+    batches, device = {}, next(model.parameters()).device
     for name, samples in BATCHES.items():
-        batch = make_batch(samples)
+        batch = on_device(make_batch(samples), device)
         model.zero_grad()
         losses = model(**inputs_of(batch, labels=True))
         losses.sum().backward()
