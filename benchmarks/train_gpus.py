@@ -5,8 +5,10 @@
     losses    full fine-tuning of a model with few text layers, from one checkpoint, in every layout of the host's
               GPUs, with and without overlapped communication: losses beside those of one process
     full      full fine-tuning of the 11B model in every layout, the tower trained and frozen
-    tutorial  experiment=llava_instruct_ja for 30 steps (5 on fewer than 8 GPUs), extrapolated to its 1160
-    nemo      beside it NeMo's recipe with its own data module and the tutorial's values (train_gpus_nemo.py)
+    tutorial  experiment=llava_instruct_ja for 30 steps (4 on fewer than 8 GPUs), extrapolated to its 1160
+    larger    the same with larger micro batches
+    nemo, larger-nemo   beside them NeMo's recipe with its own data module and the tutorial's values
+              (train_gpus_nemo.py), at its micro batch of 1 and at 2
     sweep     sweeps=tp_micro_batch through the launcher, several jobs at once
 
 Each case is what a user types, below torchrun: `python -m vlmsft.train ...`, with random weights and open gates, on the
@@ -49,6 +51,7 @@ from waiting import Waiting
 RUNS = "benchmark"
 WARM_UP = 3  # steps; kernels are compiled in the first ones
 TUTORIAL_STEPS = 1160
+MICRO_BATCH_2 = ", micro batch 2"
 TUTORIAL_MICRO_BATCHES = 32  # of each data-parallel rank in a step: 128 samples on 4 of them
 COUNTS = (1, 2, 4, 8)
 TEXT = "model.config.language_model_config"
@@ -114,17 +117,17 @@ def on_gpus(gpus: int, gib: float) -> Scale:
         few_layers=(f"{TEXT}.num_layers=4", f"{TEXT}.num_cross_attention_layers=1"),
         lora=(*LORA, "optim.max_lr=1e-4", "data.global_batch_size=64", "data.micro_batch_size=8"),
         full=("data.global_batch_size=16", "data.micro_batch_size=1"),
-        steps=7,
+        steps=6,
         tutorial=("experiment=llava_instruct_ja",),
         tutorial_larger={
-            ", micro batch 2": ("data.micro_batch_size=2",),
+            MICRO_BATCH_2: ("data.micro_batch_size=2",),
             ", micro batch 4, tower recomputed": (
                 "data.micro_batch_size=4",
                 "data.decoder_seq_length=768",  # none of these texts is longer: so that the estimate fits
                 "model.config.vision_model_config.recompute_granularity=full",
             ),
         },
-        tutorial_steps=30 if gpus >= 8 else 5,
+        tutorial_steps=30 if gpus >= 8 else 4,
         sweep=("peft=lora",),
     )
 
@@ -141,7 +144,7 @@ def trial(gpus: int) -> Scale:
         full=("data.global_batch_size=4", "data.micro_batch_size=1"),
         steps=5,
         tutorial=("experiment=demo", *longer, "data.micro_batch_size=1"),
-        tutorial_larger={", micro batch 4": ("data.micro_batch_size=4",)},
+        tutorial_larger={MICRO_BATCH_2: ("data.micro_batch_size=2",)},
         tutorial_steps=3,
         sweep=("strategy.tensor_model_parallel_size=1,2", "data.micro_batch_size=4"),
         bucket_size="60000",
@@ -229,32 +232,45 @@ def layouts(group: str, scale: Scale, overrides: tuple[str, ...], name: str = ""
 
 
 def tutorial_cases(bench: Bench) -> Iterator[dict[str, Any]]:
-    """Micro batches of one sample as the tutorial's, as many for each data-parallel rank; larger ones, which should
-    change no loss."""
+    """Micro batches of one sample as the tutorial's, as many for each data-parallel rank."""
+    yield tutorial(bench, "")
+
+
+def larger_cases(bench: Bench) -> Iterator[dict[str, Any]]:
+    """Larger micro batches; and the layers as Megatron's classes. Neither should change a loss."""
+    for name, more in bench.scale.tutorial_larger.items():
+        yield tutorial(bench, name, *more)
+        if name == MICRO_BATCH_2:
+            yield tutorial(bench, f"{name}, Megatron's classes", *more, "model.config.lean_forward=false", equals=name)
+
+
+def tutorial(bench: Bench, name: str, *more: str, equals: str = "") -> dict[str, Any]:
     scale = bench.scale
     tp = 2 if scale.gpus % 2 == 0 else 1
-    first = f"TP {tp} DP {scale.gpus // tp}"
+    layout = f"TP {tp} DP {scale.gpus // tp}"
     global_batch = f"data.global_batch_size={TUTORIAL_MICRO_BATCHES * scale.gpus // tp}"
-    for name, more in {"": (), **scale.tutorial_larger}.items():
-        overrides = (*scale.tutorial, global_batch, *more)
-        case = Case("tutorial", first + name, scale.gpus, overrides, tp, equals=first)
-        yield bench.run(case, steps=scale.tutorial_steps, with_model=False)
+    overrides = (*scale.tutorial, global_batch, *more)
+    case = Case("tutorial", layout + name, scale.gpus, overrides, tp, equals=layout + equals)
+    return bench.run(case, steps=scale.tutorial_steps, with_model=False)
 
 
 def nemo_cases(bench: Bench) -> Iterator[dict[str, Any]]:
+    yield nemo(bench, "NeMo's recipe, as the tutorial", 1)
+
+
+def larger_nemo_cases(bench: Bench) -> Iterator[dict[str, Any]]:
+    yield nemo(bench, "NeMo's recipe, micro batch 2", 2)
+
+
+def nemo(bench: Bench, name: str, micro_batch_size: int) -> dict[str, Any]:
     """In the trial its recipe and its data are made, and nothing is trained: its model needs a GPU."""
     is_trial = bench.scale.gpu_memory_gib is None
     script, gpus = Path(__file__).with_name("train_gpus_nemo.py"), 1 if is_trial else bench.scale.gpus
-    for name, size in (("as the tutorial", 1), ("micro batch 4", 4)):
-        folder = bench.files.folder / f"nemo-{size}"
-        words = [str(script), str(bench.files.folder), str(folder), str(gpus), str(size)]
-        case = Case("nemo", f"NeMo's recipe, {name}", gpus, tp=2)
-        yield bench.record(
-            case,
-            {},
-            words + ["--make-only"] * is_trial,
-            lambda folder=folder: json.loads((folder / "speed.json").read_text()),
-        )
+    folder = bench.files.folder / f"nemo-{micro_batch_size}"
+    words = [str(script), str(bench.files.folder), str(folder), str(gpus), str(micro_batch_size)]
+    words += ["--make-only"] * is_trial
+    case = Case("nemo", name, gpus, tp=2)
+    return bench.record(case, {}, words, lambda: json.loads((folder / "speed.json").read_text()))
 
 
 def sweep_cases(bench: Bench) -> Iterator[dict[str, Any]]:
@@ -284,7 +300,9 @@ GROUPS: dict[str, Callable[[Bench], Iterator[dict[str, Any]]]] = {
     "losses": loss_cases,
     "full": full_cases,
     "tutorial": tutorial_cases,
+    "larger": larger_cases,
     "nemo": nemo_cases,
+    "larger-nemo": larger_nemo_cases,
     "sweep": sweep_cases,
 }
 
