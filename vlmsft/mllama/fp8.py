@@ -59,7 +59,9 @@ class _Project(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, numbers: Tensor, scale: Tensor) -> Tensor:
         ctx.save_for_backward(numbers, scale)
-        return multiply(quantise(x.contiguous()), (numbers, scale)).to(x.dtype)
+        y = multiply(quantise(x.contiguous()), (numbers, scale))
+        # not `.to` at once: behind one that changes nothing, torch 2.11 compiles a gradient of zero
+        return y if y.dtype == x.dtype else y.to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
