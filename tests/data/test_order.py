@@ -59,11 +59,21 @@ def test_similar_lengths_share_a_micro_batch_and_steps_keep_their_samples(micro,
     shares = [Share(micro, 8, rank, size) for rank in range(size)]
     streams = [iter(TrainOrder(50, 7, 0, share, lambda indices: lengths[indices])) for share in shares]
     for expected in global_batches(1, 1, 14):
-        # in the order in which the ranks compute them, side by side
+        # side by side, every other round from the last rank to the first
         rounds = [[next(stream) for stream in streams] for _ in range(shares[0].num_microbatches)]
+        rounds[1::2] = [batches[::-1] for batches in rounds[1::2]]
         step = [index for batches in rounds for batch in batches for index in batch]
         assert sorted(step) == expected
         assert [lengths[index] for index in step] == sorted(lengths[expected], reverse=True)
+
+
+def test_no_rank_has_the_longest_texts_of_all_rounds():
+    """Padded tokens of a rank, over many steps: the ranks wait for the one with the most at each step's end."""
+    lengths = np.random.default_rng(0).permutation(400)
+    streams = [iter(TrainOrder(400, 7, 0, Share(4, 64, r, 4), lambda indices: lengths[indices])) for r in range(4)]
+    steps = [[sum(lengths[next(s)].max() for _ in range(4)) for s in streams] for _ in range(50)]
+    most_over_mean = [max(step) / np.mean(step) for step in steps]
+    assert np.mean(most_over_mean) < 1.03  # 1.18 if each round began with rank 0
 
 
 def test_a_blend_sorts_by_length_within_a_step():
