@@ -17,7 +17,8 @@ an earlier case has the GPUs (waiting.py). A layout that is estimated not to fit
 that fails is a line, too: each line is written as soon as it is known. A case whose line is in the output already,
 from the same kind of machine, is not run again.
 
-samples/s   of all GPUs, the global batch by the median step after WARM_UP
+samples/s   of all GPUs, the global batch by the median step of the second half: kernels are compiled in the first one,
+            and for some dozens of micro batches attention meets numbers of images and tiles that it has no plan for
 peak        torch's, of the first rank, the highest so far; "estimated" is what `vlmsft plan` says, for texts as long
             as data.decoder_seq_length and images of 4 tiles: the micro batches that a case saw are smaller
 losses      the largest relative difference, over all steps, from the case that they should equal
@@ -49,7 +50,6 @@ from input_pipeline import formatted, median
 from waiting import Waiting
 
 RUNS = "benchmark"
-WARM_UP = 3  # steps; kernels are compiled in the first ones
 TUTORIAL_STEPS = 1160
 MICRO_BATCH_2 = ", micro batch 2"
 TUTORIAL_MICRO_BATCHES = 32  # of each data-parallel rank in a step: 128 samples on 4 of them
@@ -99,6 +99,7 @@ class Scale:
     model: tuple[str, ...]
     few_layers: tuple[str, ...]
     lora: tuple[str, ...]
+    lora_steps: int
     full: tuple[str, ...]
     steps: int
     tutorial: tuple[str, ...]
@@ -116,6 +117,7 @@ def on_gpus(gpus: int, gib: float) -> Scale:
         model=("model=mllama_11b", "strategy=megatron", "data.num_workers=6", "data.decoder_seq_length=512"),
         few_layers=(f"{TEXT}.num_layers=4", f"{TEXT}.num_cross_attention_layers=1"),
         lora=(*LORA, "optim.max_lr=1e-4", "data.global_batch_size=64", "data.micro_batch_size=8"),
+        lora_steps=16,
         full=("data.global_batch_size=16", "data.micro_batch_size=1"),
         steps=6,
         tutorial=("experiment=llava_instruct_ja",),
@@ -141,6 +143,7 @@ def trial(gpus: int) -> Scale:
         model=("experiment=demo", *longer),
         few_layers=(),
         lora=(*LORA, "optim.max_lr=1e-3", "data.global_batch_size=8", "data.micro_batch_size=4"),
+        lora_steps=6,
         full=("data.global_batch_size=4", "data.micro_batch_size=1"),
         steps=5,
         tutorial=("experiment=demo", *longer, "data.micro_batch_size=1"),
@@ -192,7 +195,8 @@ def gpu_memory_gib() -> list[float]:
 def lora_cases(bench: Bench) -> Iterator[dict[str, Any]]:
     for count in COUNTS:
         if count <= bench.scale.gpus:
-            yield bench.run(Case("lora", f"DP {count}", count, bench.scale.lora, equals="DP 1"))
+            case = Case("lora", f"DP {count}", count, bench.scale.lora, equals="DP 1")
+            yield bench.run(case, steps=bench.scale.lora_steps)
 
 
 def loss_cases(bench: Bench) -> Iterator[dict[str, Any]]:
@@ -492,16 +496,17 @@ def torchrun(num_processes: int) -> list[str]:
 
 
 def speeds(path: Path) -> dict[str, Any]:
-    """Medians after the warm-up, the highest memory, and the loss of each step."""
+    """Medians of the second half, the highest memory, and each step's time and loss."""
     with open(path, encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
-    warm = rows[min(WARM_UP, len(rows) - 1) :]
+    warm = rows[len(rows) // 2 :]
     waited = sum(float(row["data_wait_fraction"]) * float(row["step_seconds"]) for row in warm)
     memory = [float(row["peak_memory_gib"]) for row in rows if row.get("peak_memory_gib")]
     return {
         **{name: median([row.get(name) for row in warm]) for name in COLUMNS},
         "data_wait_share": waited / sum(float(row["step_seconds"]) for row in warm),
         "peak_memory_gib": max(memory, default=None),
+        "seconds_of_steps": [float(row["step_seconds"]) for row in rows],
         "losses": [float(row["reduced_train_loss"]) for row in rows],
     }
 
