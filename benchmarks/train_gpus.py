@@ -6,7 +6,7 @@
               GPUs, with and without overlapped communication: losses beside those of one process
     full      full fine-tuning of the 11B model in every layout, the tower trained and frozen
     tutorial  experiment=llava_instruct_ja for 30 steps (4 on fewer than 8 GPUs), extrapolated to its 1160
-    larger    the same with larger micro batches
+    larger    the same with larger micro batches, and with layers as functions (model.config.lean_forward)
     nemo, larger-nemo   beside them NeMo's recipe with its own data module and the tutorial's values
               (train_gpus_nemo.py), at its micro batch of 1 and at 2
     sweep     sweeps=tp_micro_batch through the launcher, several jobs at once
@@ -14,8 +14,8 @@
 Each case is what a user types, below torchrun: `python -m vlmsft.train ...`, with random weights and open gates, on the
 photographs and conversations of input_pipeline.py; its metrics.csv is read afterwards. Its processes import NeMo while
 an earlier case has the GPUs (waiting.py). A layout that is estimated not to fit the GPUs is not started, and a case
-that fails is a line, too: each line is written as soon as it is known. A case whose line is in the output already,
-from the same kind of machine, is not run again.
+that fails is a line, too: each line is written as soon as it is known. A case whose line is in the output already, of
+the same command on the same kind of machine, is not run again (but for the checkpoint of losses, and the sweep).
 
 samples/s   of all GPUs, the global batch by the median step of the second half: kernels are compiled in the first one,
             and for some dozens of micro batches attention meets numbers of images and tiles that it has no plan for
@@ -51,7 +51,6 @@ from waiting import Waiting
 
 RUNS = "benchmark"
 TUTORIAL_STEPS = 1160
-MICRO_BATCH_2 = ", micro batch 2"
 TUTORIAL_MICRO_BATCHES = 32  # of each data-parallel rank in a step: 128 samples on 4 of them
 COUNTS = (1, 2, 4, 8)
 TEXT = "model.config.language_model_config"
@@ -122,7 +121,7 @@ def on_gpus(gpus: int, gib: float) -> Scale:
         steps=6,
         tutorial=("experiment=llava_instruct_ja",),
         tutorial_larger={
-            MICRO_BATCH_2: ("data.micro_batch_size=2",),
+            ", micro batch 2": ("data.micro_batch_size=2",),
             ", micro batch 4, tower recomputed": (
                 "data.micro_batch_size=4",
                 "data.decoder_seq_length=768",  # none of these texts is longer: so that the estimate fits
@@ -147,7 +146,7 @@ def trial(gpus: int) -> Scale:
         full=("data.global_batch_size=4", "data.micro_batch_size=1"),
         steps=5,
         tutorial=("experiment=demo", *longer, "data.micro_batch_size=1"),
-        tutorial_larger={MICRO_BATCH_2: ("data.micro_batch_size=2",)},
+        tutorial_larger={", micro batch 2": ("data.micro_batch_size=2",)},
         tutorial_steps=3,
         sweep=("strategy.tensor_model_parallel_size=1,2", "data.micro_batch_size=4"),
         bucket_size="60000",
@@ -169,14 +168,23 @@ def main() -> None:
     scale = on_gpus(arguments.gpus or len(memory), min(memory)) if memory else trial(arguments.gpus or 2)
     output = arguments.output.absolute()
     results = []
-    with tempfile.TemporaryDirectory() as scratch:
-        sizes = {1, *(count for count in COUNTS if count <= scale.gpus), scale.gpus}
-        with waiting(sizes, Path(scratch)) as ranks:
-            files = photographs.make_files(Path(scratch), scale.photographs)
-            bench = Bench(scale, files, output, arguments.limit, ranks)
-            for group in arguments.only:
-                results += GROUPS[group](bench)
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        waiting(process_counts(arguments.only, scale.gpus), Path(scratch)) as ranks,
+    ):
+        files = photographs.make_files(Path(scratch), scale.photographs)
+        bench = Bench(scale, files, output, arguments.limit, ranks)
+        for group in arguments.only:
+            results += GROUPS[group](bench)
     print(f"\n{table(results)}")
+
+
+def process_counts(groups: list[str], gpus: int) -> set[int]:
+    """That the first cases of these groups take."""
+    found = {gpus} if set(groups) - {"sweep"} else set()
+    if {"lora", "losses"} & set(groups):
+        found.add(1)
+    return found | {count for count in COUNTS if "lora" in groups and count <= gpus}
 
 
 def gpu_memory_gib() -> list[float]:
@@ -204,7 +212,7 @@ def loss_cases(bench: Bench) -> Iterator[dict[str, Any]]:
     few = (*bench.scale.full, *bench.scale.few_layers)
     saved = ("log.ckpt={}".format("{monitor:reduced_train_loss,every_n_train_steps:1,save_top_k:1}"),)
     start = Case("losses", "start", 1, (*few, *saved, "strategy.ckpt_save_optimizer=false"))
-    yield bench.run(start, steps=1, with_checkpoint=True, again=True)
+    yield bench.run(start, steps=1, with_checkpoint=True)
     checkpoint = bench.checkpoint(start)
     if checkpoint is None:
         return
@@ -231,6 +239,8 @@ def layouts(group: str, scale: Scale, overrides: tuple[str, ...], name: str = ""
         if gpus > tp:
             yield Case(group, f"{plain}, overlap", gpus, (*overrides, overlap), tp, equals=plain)
         if tp > 1:
+            functions = (*overrides, "model.config.lean_forward=true")
+            yield Case(group, f"{plain}, functions", gpus, functions, tp, equals=plain)
             split = (*overrides, "strategy.sequence_parallel=true")
             yield Case(group, f"{plain}, sequence parallel", gpus, split, tp, equals=plain)
 
@@ -241,11 +251,12 @@ def tutorial_cases(bench: Bench) -> Iterator[dict[str, Any]]:
 
 
 def larger_cases(bench: Bench) -> Iterator[dict[str, Any]]:
-    """Larger micro batches; and the layers as Megatron's classes. Neither should change a loss."""
+    """Larger micro batches, and layers as functions rather than Megatron's classes. Neither should change a loss."""
+    functions = "model.config.lean_forward=true"
+    yield tutorial(bench, ", functions", functions)
     for name, more in bench.scale.tutorial_larger.items():
         yield tutorial(bench, name, *more)
-        if name == MICRO_BATCH_2:
-            yield tutorial(bench, f"{name}, Megatron's classes", *more, "model.config.lean_forward=false", equals=name)
+        yield tutorial(bench, f"{name}, functions", *more, functions, equals=name)
 
 
 def tutorial(bench: Bench, name: str, *more: str, equals: str = "") -> dict[str, Any]:
@@ -350,22 +361,19 @@ class Bench:
         *,
         with_checkpoint: bool = False,
         with_model: bool = True,
-        again: bool = False,
     ) -> dict[str, Any]:
         """The case's line.
 
+        with_checkpoint: it saves one, and runs although the output has its line: another run's checkpoint is gone
         with_model: sizes are the scale's, not those of an experiment
-        again: also where the output has the line: its checkpoint is gone
         """
-        earlier = None if again else self.earlier(case)
-        if earlier is not None:
-            return earlier
         overrides = self.overrides(case, steps, with_checkpoint=with_checkpoint, with_model=with_model)
         about, problem = self.plan(overrides)
         if problem is not None:
             return self.write({**self.about(case), **about, "error": problem})
         csv_file = self.files.folder / "runs" / RUNS / case.id / "metrics.csv"
-        return self.record(case, about, ["-m", "vlmsft.train", *overrides], lambda: speeds(csv_file))
+        words = ["-m", "vlmsft.train", *overrides]
+        return self.record(case, about, words, lambda: speeds(csv_file), again=with_checkpoint)
 
     def overrides(
         self, case: Case, steps: int | None, *, with_checkpoint: bool = False, with_model: bool = True
@@ -428,11 +436,16 @@ class Bench:
         words: list[str],
         read: Callable[[], dict[str, Any]],
         starts_its_own: bool = False,
+        again: bool = False,
     ) -> dict[str, Any]:
         """Runs `python WORDS` in the case's processes, or (starts_its_own) as one that starts them, and writes down
         what `read` finds then, or the end of what was printed."""
         command = [sys.executable, *words] if starts_its_own else [*torchrun(case.gpus), *words]
         shown = " ".join(["python", *command[1:]]).replace(f"{self.files.folder}/", "")
+        earlier = None if again or starts_its_own else self.earlier(case, shown)
+        if earlier is not None:
+            print(f"of {earlier['date']}: {describe(earlier)}", flush=True)
+            return earlier
         started = time.monotonic()
         if starts_its_own:
             process = photographs.start(command, self.files.folder, CUDA_DEVICE_MAX_CONNECTIONS="1")
@@ -448,21 +461,23 @@ class Bench:
             result.setdefault("error", f"exit code {code}: {printed[-1500:]}")
         return self.write(self.with_differences(case, result))
 
-    def earlier(self, case: Case) -> dict[str, Any] | None:
+    def earlier(self, case: Case, command: str) -> dict[str, Any] | None:
+        """The output's line of the same command on the same kind of machine, if it didn't fail."""
         here = machine()
+        same = {"group": case.group, "name": case.name, "command": command}
+        same |= {key: here[key] for key in ("device", "cores", "versions")}
         for line in self.output.read_text(encoding="utf-8").splitlines() if self.output.exists() else ():
             result = json.loads(line)
-            is_same = (result["group"], result["name"]) == (case.group, case.name)
-            if is_same and "error" not in result and all(result[key] == here[key] for key in ("device", "versions")):
-                self.losses[case.group, case.name] = result["losses"]
+            if "error" not in result and all(result.get(key) == value for key, value in same.items()):
+                self.losses[case.group, case.name] = result.get("losses", [])
                 return result
         return None
 
     def start(self, num_processes: int, words: list[str]) -> subprocess.Popen[str]:
         """Gives ranks their words, and has the next ones import meanwhile."""
-        process = self.ranks[num_processes].run(words)
+        ranks = self.ranks.pop(num_processes, None) or ranks_for(num_processes, self.files.folder)
         self.ranks[num_processes] = ranks_for(num_processes, self.files.folder)
-        return process
+        return ranks.run(words)
 
     def with_differences(self, case: Case, result: dict[str, Any]) -> dict[str, Any]:
         losses = result.get("losses", [])

@@ -99,6 +99,11 @@ CASES = [
         "strategy.sequence_parallel",
         "false with model.config.lean_forward=true",
     ),
+    (
+        [LEAN, "strategy.sequence_parallel=true"],
+        "strategy.sequence_parallel",
+        "false with strategy.tensor_model_parallel_size 1",
+    ),
     ([LEAN, "strategy.ddp={overlap_param_gather: true}"], "strategy.ddp.overlap_param_gather", "false"),
     ([LEAN, f"+{TEXT}.hidden_dropout=0.1"], f"{TEXT}.hidden_dropout", "0.0 with model.config.lean_forward=true"),
     ([LEAN, f"+{TEXT}.rotary_percent=0.5"], f"{TEXT}.rotary_percent", "1.0 with"),

@@ -120,13 +120,12 @@ def frozen_fp8_is_possible(facts: Facts) -> Iterator[Problem]:
         expected = f"{', '.join(sizes.FP8_PARTS)} or null"
         yield Problem(key, repr(which), expected, nearest(str(which), sizes.FP8_PARTS))
         return
-    for problem in needs_megatrons_layers(facts, f"{key}={which}", f"{key}=null"):
-        if problem.where != TENSOR_PARALLEL:
-            yield problem
-    tp = facts[TENSOR_PARALLEL]
+    tp, lean_forward = facts[TENSOR_PARALLEL], facts["model.config.lean_forward"]
     if type(tp) is int and tp > 1:
         yield Problem(TENSOR_PARALLEL, str(tp), f"1 with {key}={which}", f"Or {key}=null")
-    if facts["model.config.lean_forward"] is False:
+    elif lean_forward is not True:  # lean_forward_is_possible says it then
+        yield from needs_megatrons_layers(facts, f"{key}={which}", f"{key}=null")
+    if lean_forward is False:
         expected = f"null or true with {key}"
         yield Problem("model.config.lean_forward", "false", expected, "Megatron's classes have bf16 only")
     if not _tower_is_frozen(facts):

@@ -81,7 +81,10 @@ def memory(cfg: DictConfig) -> MemoryEstimate:
 
 def has_plain_layers(facts: Facts) -> bool:
     """Whether layers run as the functions of vlmsft.mllama.lean, as far as the config tells."""
-    return facts["model.config.lean_forward"] is not False and next(needs_megatrons_layers(facts), None) is None
+    asked, tp = facts["model.config.lean_forward"], facts[TENSOR_PARALLEL]
+    if asked is False or (asked is None and type(tp) is int and tp > 1):
+        return False
+    return next(needs_megatrons_layers(facts), None) is None
 
 
 def needs_megatrons_layers(
@@ -92,12 +95,14 @@ def needs_megatrons_layers(
     The built model may know more (lean.Checked): a callback's hooks, a PEFT method that is not NeMo's.
     """
     remedy = f"Or {instead}"
-    for key in ("strategy.sequence_parallel", "strategy.ddp.overlap_param_gather"):
-        if facts[key] is True:
-            yield Problem(key, "true", f"false with {asked}", remedy)
-    tp = facts[TENSOR_PARALLEL]
-    if type(tp) is int and tp > 1 and facts["peft"] is not None:
-        yield Problem(TENSOR_PARALLEL, str(tp), f"1 where there are adapters, with {asked}", remedy)
+    tp, overlaps = facts[TENSOR_PARALLEL], "strategy.ddp.overlap_param_gather"
+    if facts[overlaps] is True:
+        yield Problem(overlaps, "true", f"false with {asked}", remedy)
+    if type(tp) is int and tp > 1:
+        if facts["strategy.sequence_parallel"] is True:
+            yield Problem("strategy.sequence_parallel", "true", f"false with {asked}", remedy)
+        if facts["peft"] is not None:
+            yield Problem(TENSOR_PARALLEL, str(tp), f"1 where there are adapters, with {asked}", remedy)
     for part, plain in ((TEXT, TEXT_VALUES), (VISION, TOWER_VALUES)):
         for name, values in plain.items():
             found = facts[f"{part}.{name}"]

@@ -19,8 +19,9 @@ from vlmsft.runtime import cpu
 
 WORLD_SIZE = 2
 FUNCTIONS, COMPILED, MEGATRON = "functions", "compiled functions", "Megatron's classes"
+RECOMPUTED = "functions that are computed again in the backward pass"
 WAYS = {  # sequence parallelism, full or LoRA: how the layers run
-    (False, "full"): (FUNCTIONS, COMPILED, MEGATRON),
+    (False, "full"): (FUNCTIONS, RECOMPUTED, COMPILED, MEGATRON),
     (False, "lora"): (MEGATRON,),
     (True, "full"): (MEGATRON,),
     (True, "lora"): (MEGATRON,),
@@ -70,11 +71,13 @@ def running_as(way: str, model: Any) -> Iterator[None]:
     from vlmsft.mllama import lean
 
     kept = lean._compiles, lean._compiled
-    model.config.lean_forward = False if way == MEGATRON else None
+    model.config.lean_forward = way != MEGATRON or None
     assert (model.megatron_because() is None) == (way != MEGATRON)
+    for part in (model.config.language_model_config, model.config.vision_model_config):
+        part.recompute_granularity = "full" if way == RECOMPUTED else None
     if way == COMPILED:
         lean._compiles = lambda like: True
-        lean._compiled = functools.cache(functools.partial(torch.compile, backend="aot_eager"))
+        lean._compiled = functools.cache(functools.partial(torch.compile, backend="aot_eager", fullgraph=True))
     try:
         with torch._dynamo.config.patch(disable=way != COMPILED):
             yield
@@ -115,7 +118,7 @@ def main_on_gpu(rank: int, folder: Path) -> None:
     )
     parallel_state.initialize_model_parallel(WORLD_SIZE)
     tensor_parallel.model_parallel_cuda_manual_seed(1234)
-    model = build(tensor_model_parallel_size=WORLD_SIZE).module.cuda()
+    model = build(tensor_model_parallel_size=WORLD_SIZE, lean_forward=True).module.cuda()
     assert model.megatron_because() is None
     compare_all(model, torch.load(folder / "expected.pt"), rank, "on a GPU", within=1e-4)
 

@@ -273,7 +273,7 @@ def test_compiled_text_layers_in_fp8(models, monkeypatch, backend):
             assert compiled == eager
         assert compiled.losses < 1.5 * eager.losses and compiled.gradients < 1.5 * eager.gradients
         graphs.append(counters["stats"]["unique_graphs"])
-    assert graphs == [graphs[0]] * 3
+    assert graphs == [graphs[0]] * 3 and graphs[0] > 0
     assert not counters["graph_break"]
     kept = {module.quantised[0].data_ptr() for module in matrices(models["all"], "text").values()}
     assert saved and saved <= kept, "no copy of a matrix waits for the backward pass"

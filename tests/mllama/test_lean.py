@@ -65,6 +65,20 @@ def test_compiled_once_for_any_number_of_rows(model, monkeypatch):
     assert not counters["graph_break"]
 
 
+def test_a_function_that_does_not_compile_is_an_error(monkeypatch):
+    """NeMo tells torch.compile to go on without a word, uncompiled."""
+    from vlmsft.mllama import lean
+
+    def fails(graph, inputs):
+        raise RuntimeError("no such kernel")
+
+    monkeypatch.setattr(lean, "_compiles", lambda like: True)
+    monkeypatch.setattr(lean, "_compiled", functools.cache(functools.partial(torch.compile, backend=fails)))
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(disable=False), pytest.raises(Exception, match="no such kernel"):
+        build()(**inputs_of(make_batch(CASES["one tile"])))
+
+
 def test_whatever_the_layout_that_the_attention_kernel_writes(monkeypatch):
     """torch's kernels differ: some keep the query's, others write sample by sample."""
     from torch.nn import functional

@@ -116,7 +116,8 @@ class MLlamaConfig(MLlamaModelConfig):
 
     layers: transformer_engine, torch, or auto (TransformerEngine with a CUDA GPU, torch elsewhere)
     lean_forward: layers as plain functions (vlmsft.mllama.lean) rather than through Megatron's classes; None: wherever
-        nothing needs these. True where something does: forward raises UserError with the reason
+        nothing needs these, and not with tensor parallelism, where no GPU has measured them yet. True where something
+        does: forward raises UserError with the reason
     frozen_fp8: tower: products with the matrices of its layers in fp8 (vlmsft.mllama.fp8) as long as nothing of it
         trains; all: with the text decoder's that don't train as well. In plain functions only, not with tensor
         parallelism

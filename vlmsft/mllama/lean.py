@@ -7,11 +7,12 @@ that checkpoints, LoRA, Megatron's DDP and its optimizer see no difference.
 
 With tensor parallelism a rank holds some outputs of linear_qkv, linear_q, linear_kv and linear_fc1 and the inputs of
 linear_proj and linear_fc2 that follow from them. What the former multiply, whole on each rank, gets the sum of the
-ranks' gradients (_for_all_ranks); what the latter give is summed (_sum_of_ranks). Neither is compiled: the functions
-between them are.
+ranks' gradients (_for_all_ranks); what the latter give is summed (_sum_of_ranks). These sums, and what then has to
+stand outside of the compiled functions (norms, linear_proj, gates, residuals), are not compiled.
 
-Where something needs Megatron's own forward (sequence parallelism, dropout, hooks on a module, an adapter that is no
-LoRA), Checked.why_not says what.
+Where something needs Megatron's own forward (sequence parallelism, adapters with tensor parallelism, dropout, hooks on
+a module, an adapter that is no LoRA), Checked.why_not says what. Tensor-parallel ranks have to agree: a hook that only
+one of them has would leave the others waiting.
 """
 
 from __future__ import annotations
@@ -35,6 +36,9 @@ from vlmsft.mllama import fp8
 from vlmsft.mllama.attention import CrossPlan, TowerPlan, attend, attend_runs
 from vlmsft.mllama.fp8_rows import Norm, add_norm_quantise, gelu_quantise, norm_quantise, quantise_rows
 from vlmsft.mllama.plain_values import TEXT_VALUES, TOWER_VALUES
+
+# NeMo's recipes set it: a function that fails to compile would run uncompiled, and nobody would know
+torch._dynamo.config.suppress_errors = False
 
 
 class Linear(NamedTuple):

@@ -149,15 +149,14 @@ def memory_estimate(
     data_parallel_size: int = 1,
     distributed_optimizer: bool = True,
     bf16: bool = True,
-    lean_forward: bool | None = None,
+    lean_forward: bool = True,
     frozen_fp8: str | None = None,
 ) -> MemoryEstimate:
     """Estimate of one GPU's memory for full fine-tuning or LoRA, PP = CP = 1.
 
     text_tokens: padded text length of a micro batch's samples; answer_tokens: with a label (None = all)
     tiles_per_image: real tiles (None = max_num_tiles); the tower always computes with max_num_tiles of them
-    lean_forward: layers as functions (None: as the model chooses by itself). Without it the layers are
-        TransformerEngine's
+    lean_forward: layers as functions; TransformerEngine's otherwise
     frozen_fp8: model.config.frozen_fp8
     Formulas: `training_bytes`, `building_bytes` and `activation_bytes`.
     """
@@ -183,7 +182,7 @@ def memory_estimate(
         tp=tp,
         whole=tp if sequence_parallel else 1,
         element_bytes=2 if bf16 else 4,
-        lean=tp == 1 or not (sequence_parallel or training.lora_modules) if lean_forward is None else lean_forward,
+        lean=lean_forward,
     )
     return MemoryEstimate(
         weights=weights,

@@ -106,6 +106,8 @@ class MLlamaBase(MLlamaBaseModel):
         """What makes the next forward use Megatron's classes; None where the layers run as lean.py's functions."""
         if self.config.lean_forward is False:
             return "lean_forward is false"
+        if self.config.lean_forward is None and self.config.tensor_model_parallel_size > 1:
+            return "tensor_model_parallel_size is more than 1 and lean_forward not true"
         self._checked = self._checked or lean.Checked(self)
         return self._checked.why_not()
 

@@ -250,7 +250,7 @@ def memory_gib(trainer: Trainer, pl_module: LightningModule) -> float | None:
         data_parallel_size=max(trainer.world_size // tp, 1),
         distributed_optimizer=getattr(getattr(strategy, "ddp_config", None), "use_distributed_optimizer", False),
         bf16=next(pl_module.parameters()).element_size() == 2,
-        lean_forward=None if mllama is None else mllama.megatron_because() is None,
+        lean_forward=mllama is not None and mllama.megatron_because() is None,
         frozen_fp8=getattr(pl_module.config, "frozen_fp8", None),
     )
     return estimate.peak / sizes.GIB
