@@ -112,6 +112,13 @@ def test_layers_as_functions_against_an_h100(case):
     assert measured_case(*shape).training / GIB == pytest.approx(gib, rel=LEAN_WITHIN)
 
 
+@pytest.mark.parametrize(("micro_batch_size", "gib"), [(4, 27.20), (8, 33.36), (16, 45.93)])
+def test_tower_in_fp8_against_an_h200(micro_batch_size, gib):
+    """2026-11-28, the same versions."""
+    estimate = measured_case(TEXT_11B, TEXT_LORA, {}, micro_batch_size, 256, 2, frozen_fp8="tower")
+    assert estimate.training / GIB == pytest.approx(gib, rel=0.006)
+
+
 @pytest.mark.parametrize("case", TRANSFORMER_ENGINE_GIB, ids=case_name)
 def test_transformer_engine_against_an_h100(case):
     """That benchmark left the gradients in bf16, half of what a training has, and the optimizer's step copied them into
