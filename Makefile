@@ -31,7 +31,7 @@ PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=$(WORKERS) --d
 test: setup
 	$(PYTEST)
 
-# the tests that import NeMo and train on the CPU (minutes)
+# the tests that import NeMo and train on the CPU (minutes); one needs g++
 test-nemo: setup
 	$(PYTEST) -m nemo
 

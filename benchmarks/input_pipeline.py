@@ -14,7 +14,8 @@ conversations 1 to 4 turns in Japanese, the sample set's sentences recombined, 5
 processor     the sample set's with tiles of 560 pixels and Llama 3.2's ids: a vocabulary of 128256, special tokens at
               128000 to 128255, <|image|> at 128256. The merges are still the sample set's 240: Meta's tokenizer may not
               be passed on. Both are byte-level BPE in the `tokenizers` package behind the same split.
-loader alone  before each case, in a process without a model: samples per second that the same workers bring, pinned
+loader alone  before each case, in a process without a model: samples per second that the same workers bring, pinned;
+              meanwhile the training's process imports NeMo on a core of its own
 
 data wait     share of the time after the first WARM_UP steps that the training's process waited for its loader. LIMIT
               is what the GPU may lose to it

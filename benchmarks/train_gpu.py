@@ -100,7 +100,7 @@ def run_all(names: Sequence[str], output: Path, limit: float, folder: Path) -> N
                     [sys.executable, *words], stdout=talk, stderr=subprocess.STDOUT, start_new_session=True
                 )
 
-        return Waiting(start, folder)
+        return Waiting(start, folder, with_nemo=not name.startswith("hf"))
 
     with contextlib.ExitStack() as processes:
         case = processes.enter_context(wait(names[0]))

@@ -1,4 +1,4 @@
-"""Processes that have imported NeMo when their work comes: python benchmarks/waiting.py FILE
+"""Processes that have imported NeMo when their work comes: python benchmarks/waiting.py FILE [--without-nemo]
 
 Importing takes 40 s, in which the GPUs of a benchmark would be idle: this does it while an earlier case has them. FILE
 is a JSON list, once it is there: what stands behind `python` on the command line that is to be run here.
@@ -19,18 +19,20 @@ from pathlib import Path
 from typing import Any
 
 POLL_SECONDS = 0.05
+WITHOUT_NEMO = "--without-nemo"
 
 
 class Waiting:
     """A process, or torchrun with its own, that is told later what to run.
 
     start: starts `python WORDS`, or torchrun with them, in a session of its own
+    with_nemo: False: it imports nothing; what is measured beside NeMo runs as its users run it
     As a context: what still runs at its end is killed.
     """
 
-    def __init__(self, start: Callable[[list[str]], subprocess.Popen[Any]], folder: Path):
+    def __init__(self, start: Callable[[list[str]], subprocess.Popen[Any]], folder: Path, with_nemo: bool = True):
         self._file = Path(tempfile.mkdtemp(dir=folder), "words.json")
-        self.process = start([__file__, str(self._file)])
+        self.process = start([__file__, str(self._file), *(() if with_nemo else (WITHOUT_NEMO,))])
 
     def run(self, words: list[str]) -> subprocess.Popen[Any]:
         """What stands behind `python` on a command line."""
@@ -43,17 +45,21 @@ class Waiting:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        if self.process.poll() is None:
-            self.kill()
+        self.kill()
 
     def kill(self) -> None:
-        os.killpg(self.process.pid, signal.SIGKILL)  # torchrun's processes, of other sessions, see that it has ended
-        self.process.wait()
+        """If it hasn't ended by itself."""
+        if self.process.poll() is None:
+            os.killpg(
+                self.process.pid, signal.SIGKILL
+            )  # torchrun's processes, of other sessions, see that it has ended
+            self.process.wait()
 
 
-def main(file: Path) -> None:
+def main(file: Path, with_nemo: bool) -> None:
     parent = os.getppid()
-    import_all()
+    if with_nemo:
+        import_all()
     while not file.exists():
         if os.getppid() != parent:
             sys.exit("whoever started this has ended")
@@ -87,4 +93,4 @@ def import_all() -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), WITHOUT_NEMO not in sys.argv)
