@@ -153,12 +153,14 @@ def fewer_layers(cfg: DictConfig, phase: Phase) -> list[str]:
 
 def device_gib(cfg: DictConfig, phase: Phase) -> float:
     from vlmsft import estimates
+    from vlmsft.facts import Facts
     from vlmsft.mllama.memory import memory_estimate
     from vlmsft.mllama.sizes import GIB
 
+    facts = Facts(cfg)
     estimate = memory_estimate(
-        *estimates.shapes_of(cfg),
-        estimates.training(cfg),
+        *estimates.shapes_of(facts),
+        estimates.training(facts),
         micro_batch_size=phase.micro_batch_size,
         text_tokens=phase.text_tokens,
         answer_tokens=phase.text_tokens - phase.text_tokens // 2,
@@ -171,9 +173,11 @@ def device_gib(cfg: DictConfig, phase: Phase) -> float:
 def tflop_per_sample(cfg: DictConfig, phase: Phase) -> float:
     """Model FLOPs (vlmsft.mllama.flops) of a sample, in 1e12."""
     from vlmsft import estimates
+    from vlmsft.facts import Facts
     from vlmsft.mllama.flops import count_batch, step_costs
 
-    text, vision = estimates.shapes_of(cfg)
+    facts = Facts(cfg)
+    text, vision = estimates.shapes_of(facts)
     length = phase.text_tokens
     counts = count_batch(
         vision,
@@ -182,7 +186,7 @@ def tflop_per_sample(cfg: DictConfig, phase: Phase) -> float:
         num_tiles=[phase.tiles],
         visible_rows=[length - IMAGE_ROW],
     )
-    return step_costs(text, vision, estimates.training(cfg)).of(counts) / 1e12
+    return step_costs(text, vision, estimates.training(facts)).of(counts) / 1e12
 
 
 # --- the samples ------------------------------------------------------------------------------------------------------

@@ -415,13 +415,14 @@ class Bench:
         with hydra.initialize_config_dir(str(root() / "conf"), version_base="1.3"):
             cfg = hydra.compose("train", overrides)
         problems = [str(problem) for problem in feasibility.infeasible(cfg)]
+        facts = Facts(cfg)
         about = {
-            "dp": Facts(cfg, None).data_parallel_size,
+            "dp": facts.data_parallel_size,
             "tp": cfg.strategy.tensor_model_parallel_size,
             "micro_batch_size": cfg.data.micro_batch_size,
             "global_batch_size": cfg.data.global_batch_size,
             "text_tokens": cfg.data.decoder_seq_length,
-            "estimated_peak_gib": round(estimates.memory(cfg).peak / GIB, 1),
+            "estimated_peak_gib": round(estimates.memory(facts).peak / GIB, 1),
             "steps": cfg.trainer.max_steps,
         }
         return about, "; ".join(problems) or None

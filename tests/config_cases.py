@@ -39,7 +39,7 @@ def compose(*overrides: str, config_name: str = "train", with_hydra: bool = Fals
 
 def problems_of_values(cfg: DictConfig) -> list[Problem]:
     """What is wrong with the values themselves, wherever the files that they name may be."""
-    facts = Facts(cfg, None)
+    facts = Facts(cfg)
     checks = [check for check in (*CHECKS, *feasibility.CHECKS) if check not in CHECKS_OF_FILES]
     return [problem for check in checks for problem in check(facts)]
 

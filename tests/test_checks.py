@@ -196,7 +196,7 @@ def test_a_frozen_text_decoder_can_be_in_fp8_as_well(overrides):
 def test_every_minimum_is_a_key():
     """A key that was renamed would never be looked at again."""
     overrides = ("experiment=demo", "peft=lora", "early_stopping=val_loss")
-    configs = [Facts(compose(*overrides, f"data={data}"), None) for data in ("preloaded", "energon")]
+    configs = [Facts(compose(*overrides, f"data={data}")) for data in ("preloaded", "energon")]
     may_be_null = {"log.ckpt.every_n_train_steps"}
     assert {key for key in MINIMA if all(facts[key] is None for facts in configs)} == may_be_null
 
@@ -224,7 +224,7 @@ def test_every_check_has_a_case():
     caught = set()
     for overrides, where, _ in CASES:
         cfg = compose("experiment=demo", *overrides)
-        caught |= {check for check in CHECKS if any(p.where == where for p in check(Facts(cfg, None)))}
+        caught |= {check for check in CHECKS if any(p.where == where for p in check(Facts(cfg)))}
     elsewhere = {check for check in CHECKS if check.__module__ == "vlmsft.launch_checks"}  # tests/test_launch.py
     assert caught == set(CHECKS) - elsewhere - {world_size_is_started}, "which has a test of its own"
 

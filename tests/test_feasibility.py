@@ -65,7 +65,7 @@ def test_point_is_infeasible_and_well_formed(overrides, where, found, expected):
 
 
 def test_every_check_has_a_case():
-    configs = [(Facts(compose(*overrides), None), where) for overrides, where, *_ in CASES]
+    configs = [(Facts(compose(*overrides)), where) for overrides, where, *_ in CASES]
     caught = {check for check in CHECKS for facts, where in configs if any(p.where == where for p in check(facts))}
     assert caught == set(CHECKS)
 
@@ -109,16 +109,29 @@ def test_a_problem_says_what_to_do():
     assert isinstance(problem, Problem) and "data.micro_batch_size" in problem.remedy
 
 
-def test_under_20_ms_a_job():
-    cfgs = [compose(*LORA, f"peft.dim={dim}") for dim in range(1, 11)]
+def test_a_job_takes_a_small_part_of_composing_it():
+    """A sweep waits for both; the limit is a ratio, as a machine may be slow."""
+    overrides = [(*LORA, f"peft.dim={dim}") for dim in range(1, 6)]
+    cfgs = [compose(*job) for job in overrides]
     infeasible(cfgs[0])
+    checking = best_of_five(lambda: [infeasible(cfg) for cfg in cfgs])
+    composing = best_of_five(lambda: [compose.__wrapped__(*job) for job in overrides])
+    assert checking < composing / 10
+
+
+def best_of_five(work):
+    """Seconds of this process."""
     rounds = []
-    for _ in range(5):  # beside other work even CPU time varies by half
+    for _ in range(5):
         started = time.process_time()
-        for cfg in cfgs:
-            infeasible(cfg)
-        rounds.append((time.process_time() - started) / len(cfgs))
-    assert min(rounds) < 0.020
+        work()
+        rounds.append(time.process_time() - started)
+    return min(rounds)
+
+
+def test_processes_that_torchrun_started_count_where_the_config_leaves_them_open():
+    assert infeasible(compose(*LORA, "trainer.devices=auto"), 2) == []
+    assert [problem.where for problem in infeasible(compose(*FULL, f"{TP}=1", "trainer.devices=auto"), 2)]
 
 
 def test_imports_neither_torch_nor_nemo():

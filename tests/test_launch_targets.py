@@ -141,7 +141,7 @@ def test_the_search_finds_packed_secrets(tmp_path, launched_from):
 
 
 def problems_of(target: str, *overrides: str) -> list[str]:
-    return [str(problem) for problem in secrets_stay_out(Facts(compose(*command_of(target), *overrides), None))]
+    return [str(problem) for problem in secrets_stay_out(Facts(compose(*command_of(target), *overrides)))]
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -199,7 +199,7 @@ def test_dgxclouds_secret_comes_from_the_environment(monkeypatch, tmp_path, laun
 def test_paths_that_nemo_run_would_rewrite_are_refused(image, run_dir, number):
     overrides = [f"launch.executor.container_image={image}", f"run_dir={run_dir}"]
     cfg = compose(*command_of("slurm"), *overrides)
-    assert [problem.where for problem in paths_survive_nemo_run(Facts(cfg, None))] == ["run_dir"] * number
+    assert [problem.where for problem in paths_survive_nemo_run(Facts(cfg))] == ["run_dir"] * number
 
 
 def test_scripts_without_a_container_keep_their_paths(tmp_path, launched_from):
@@ -225,7 +225,7 @@ def test_scripts_without_a_container_keep_their_paths(tmp_path, launched_from):
 )
 def test_a_signal_at_the_start_is_refused(time, signal, number):
     cfg = compose(*command_of("slurm"), f"launch.executor.time={time}", f"launch.executor.signal={signal}")
-    assert len(list(time_is_left_before_the_signal(Facts(cfg, None)))) == number
+    assert len(list(time_is_left_before_the_signal(Facts(cfg)))) == number
 
 
 def test_targets_that_follow_say_so():

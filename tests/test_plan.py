@@ -80,9 +80,9 @@ def test_demo():
     assert plan.memory_gib_per_gpu is None and plan.device == "the CPU", "an estimate for GPUs says nothing here"
     assert plan.num_train_samples == 106
     for unreadable in ("data.train_path=/nowhere", "data.train_path=null", "data.train_path=[/nowhere]"):
-        assert num_samples(Facts(compose("experiment=demo", unreadable), None)) is None
+        assert num_samples(Facts(compose("experiment=demo", unreadable))) is None
     train_path = compose("experiment=demo").data.train_path
-    assert num_samples(Facts(compose("experiment=demo", f"data.train_path=[{train_path},{train_path}]"), None)) == 212
+    assert num_samples(Facts(compose("experiment=demo", f"data.train_path=[{train_path},{train_path}]"))) == 212
 
 
 class Model:
@@ -90,7 +90,7 @@ class Model:
 
     def __init__(self, cfg):
         config = cfg.model.config
-        text, vision = shapes(cfg)
+        text, vision = shapes(Facts(cfg))
         indices = range(vision.num_intermediate_layers)
         self.config = SimpleNamespace(
             language_model_config=SimpleNamespace(**asdict(text)),
@@ -155,7 +155,7 @@ def test_plan_says_what_the_summary_of_the_run_says(overrides):
     trainer = SimpleNamespace(datamodule=data, world_size=plan.data_parallel_size, strategy=strategy)
     assert summary.count_parameters(model) == plan.parameters
     assert summary._tokens_per_step(model, data) == plan.tokens_per_step
-    memory = estimates.memory(cfg).peak
+    memory = estimates.memory(Facts(cfg)).peak
     assert summary.memory_gib(trainer, model) == pytest.approx(memory / GIB)
 
 
@@ -169,7 +169,7 @@ def test_plan_says_what_the_summary_of_the_run_says(overrides):
 )
 def test_memory_of_layers_that_are_no_functions(override):
     as_functions, without, found = (
-        estimates.memory(compose("experiment=lora", *DATA, *more)).activations
+        estimates.memory(Facts(compose("experiment=lora", *DATA, *more))).activations
         for more in ([], ["model.config.lean_forward=false"], [override])
     )
     assert found == without > 1.05 * as_functions

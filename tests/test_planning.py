@@ -9,6 +9,7 @@ from rich.console import Console
 
 from vlmsft import planning
 from vlmsft.errors import UserError
+from vlmsft.facts import Facts
 from vlmsft.mllama.flops import count_batch, step_costs
 from vlmsft.mllama.memory import Training
 from vlmsft.mllama.sizes import lora_modules
@@ -27,7 +28,7 @@ def shown(*jobs):
 def test_time_is_flops_over_speed():
     cfg = compose(*LORA, "plan.mfu=0.5", "plan.peak_tflops_per_second=1000", "plan.tiles_per_image=2")
     job = plan_job(cfg, "peft.dim=8")
-    text, vision = planning.estimates.shapes_of(cfg)
+    text, vision = planning.estimates.shapes_of(Facts(cfg))
     training = Training(
         text=False, tower=False, projector=False, lora_modules=lora_modules(text, vision, IN_TEXT), lora_dim=8
     )
@@ -40,11 +41,11 @@ def test_time_is_flops_over_speed():
 
 def test_shorter_texts_and_fewer_tiles_take_less_time():
     most, shorter, fewer = (
-        flops_per_sample(compose(*LORA, *overrides), tokens)
+        flops_per_sample(Facts(compose(*LORA, *overrides)), tokens)
         for overrides, tokens in (((), None), ((), 256), (("plan.tiles_per_image=1",), None))
     )
     assert shorter < 0.5 * most and fewer < most
-    assert flops_per_sample(compose(*LORA), 10**6) == most, "a longer text is cut"
+    assert flops_per_sample(Facts(compose(*LORA)), 10**6) == most, "a longer text is cut"
 
 
 def write_metrics(folder, rows):

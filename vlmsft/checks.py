@@ -143,7 +143,7 @@ def frozen_fp8_is_possible(facts: Facts) -> Iterator[Problem]:
 def _tower_is_frozen(facts: Facts) -> bool:
     if not any(facts[f"{of}.freeze_vision_model"] is True for of in ("model.config", "peft")):
         return False
-    targets, known = facts["peft.target_modules"], shapes(facts.cfg)
+    targets, known = facts["peft.target_modules"], shapes(facts)
     if known is None or not isinstance(targets, list):
         return True
     matrices = [name for name in sizes.lora_matrices(*known) if ".vision_encoder." in name]
@@ -151,7 +151,7 @@ def _tower_is_frozen(facts: Facts) -> bool:
 
 
 def world_size_is_started(facts: Facts) -> Iterator[Problem]:
-    configured = Facts(facts.cfg, None).world_size
+    configured = Facts(facts.cfg).world_size
     if facts.started is not None and configured is not None and facts.started != configured:
         expected = f"{facts.started} processes in all, which torchrun or srun started"
         yield Problem("trainer.devices", f"{configured} with trainer.num_nodes", expected)
@@ -293,7 +293,7 @@ def something_is_trained(facts: Facts) -> Iterator[Problem]:
 
 def lora_targets(facts: Facts) -> Iterator[Problem]:
     """NeMo passes over a pattern that hits nothing, and would train nothing."""
-    targets, known = facts["peft.target_modules"], shapes(facts.cfg)
+    targets, known = facts["peft.target_modules"], shapes(facts)
     if known is None or not isinstance(targets, list):
         return
     matrices = sizes.lora_matrices(*known)

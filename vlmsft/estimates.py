@@ -7,8 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from omegaconf import DictConfig
-
 from vlmsft.errors import Problem
 from vlmsft.facts import TENSOR_PARALLEL, TEXT, VISION, Facts, shapes
 from vlmsft.mllama import sizes
@@ -21,7 +19,7 @@ PEFT_FREEZES = ["peft.freeze_language_model", "peft.freeze_vision_model"]
 
 def can_be_estimated(facts: Facts) -> bool:
     """Whether all that `memory` and `parameters` read is there and of the right type; not whether it fits."""
-    known = shapes(facts.cfg)
+    known = shapes(facts)
     counts = facts.whole("data.decoder_seq_length", "data.micro_batch_size", TENSOR_PARALLEL)
     if known is None or counts is None or min(counts) < 1 or not facts.data_parallel_size:
         return False
@@ -36,44 +34,42 @@ def can_be_estimated(facts: Facts) -> bool:
     return all(isinstance(target, str) and sizes.lora_hits(target, matrices) for target in targets)
 
 
-def frozen_parts(cfg: DictConfig) -> dict[str, bool]:
+def frozen_parts(facts: Facts) -> dict[str, bool]:
     """What model.config freezes, and what NeMo's LoRA does: its freeze_vision_model takes the projector as well."""
-    config, peft = cfg.model.config, cfg.peft
-    by_lora = {"text": False, "vision": False}
-    if peft is not None:
-        by_lora = {"text": peft.freeze_language_model, "vision": peft.freeze_vision_model}
+    text, tower, projector = (facts[key] for key in FREEZES)
+    has_lora = facts["peft"] is not None
+    text_by_lora, vision_by_lora = (has_lora and facts[key] for key in PEFT_FREEZES)
     return {
-        "tower": config.freeze_vision_model or by_lora["vision"],
-        "projector": config.freeze_vision_projection or by_lora["vision"],
-        "text": config.freeze_language_model or by_lora["text"],
+        "tower": tower or vision_by_lora,
+        "projector": projector or vision_by_lora,
+        "text": text or text_by_lora,
     }
 
 
-def parameters(cfg: DictConfig) -> dict[str, tuple[int, int]]:
+def parameters(facts: Facts) -> dict[str, tuple[int, int]]:
     """{part: (total, trainable)} of a config that `can_be_estimated`."""
-    text, vision = shapes_of(cfg)
-    frozen = frozen_parts(cfg)
+    text, vision = shapes_of(facts)
+    frozen = frozen_parts(facts)
     counts = sizes.parameter_counts(text, vision)
     table = {part: (count.total, 0 if frozen[part] else count.total) for part, count in counts.items()}
-    if cfg.peft is not None:
-        size = sizes.lora_count(text, vision, cfg.peft.dim, list(cfg.peft.target_modules)).total
+    if facts["peft"] is not None:
+        size = sizes.lora_count(text, vision, facts["peft.dim"], facts["peft.target_modules"]).total
         table["LoRA"] = (size, size)
     return table
 
 
-def memory(cfg: DictConfig) -> MemoryEstimate:
+def memory(facts: Facts) -> MemoryEstimate:
     """One GPU's bytes, at the longest text and one full image a sample, for a config that `can_be_estimated`."""
-    facts = Facts(cfg, None)
     assert facts.data_parallel_size is not None
     return memory_estimate(
-        *shapes_of(cfg),
-        training(cfg),
-        micro_batch_size=cfg.data.micro_batch_size,
-        text_tokens=cfg.data.decoder_seq_length,
-        tensor_model_parallel_size=cfg.strategy.tensor_model_parallel_size,
+        *shapes_of(facts),
+        training(facts),
+        micro_batch_size=facts["data.micro_batch_size"],
+        text_tokens=facts["data.decoder_seq_length"],
+        tensor_model_parallel_size=facts[TENSOR_PARALLEL],
         sequence_parallel=facts["strategy.sequence_parallel"] is True,
         data_parallel_size=facts.data_parallel_size,
-        bf16=str(cfg.precision) != "32",
+        bf16=str(facts["precision"]) != "32",
         lean_forward=has_plain_layers(facts),
         frozen_fp8=facts["model.config.frozen_fp8"],
     )
@@ -121,22 +117,22 @@ def _unknown_adapters(facts: Facts, asked: str, remedy: str) -> Iterator[Problem
         yield Problem("peft.dropout_position", "post", f"pre with {asked}", remedy)
 
 
-def training(cfg: DictConfig) -> Training:
+def training(facts: Facts) -> Training:
     """What trains in a config that `can_be_estimated`."""
-    facts, frozen, peft = Facts(cfg, None), frozen_parts(cfg), cfg.peft
+    frozen, has_lora = frozen_parts(facts), facts["peft"] is not None
     return Training(
         text=not frozen["text"],
         tower=not frozen["tower"],
         projector=not frozen["projector"],
-        lora_modules=() if peft is None else sizes.lora_modules(*shapes_of(cfg), list(peft.target_modules)),
-        lora_dim=0 if peft is None else peft.dim,
-        lora_dropout=peft is not None and peft.dropout > 0,
+        lora_modules=sizes.lora_modules(*shapes_of(facts), facts["peft.target_modules"]) if has_lora else (),
+        lora_dim=facts["peft.dim"] if has_lora else 0,
+        lora_dropout=has_lora and facts["peft.dropout"] > 0,
         recompute_text=facts[f"{TEXT}.recompute_granularity"] == "full",
         recompute_tower=facts[f"{VISION}.recompute_granularity"] == "full",
     )
 
 
-def shapes_of(cfg: DictConfig) -> tuple[sizes.TextShape, sizes.VisionShape]:
-    known = shapes(cfg)
+def shapes_of(facts: Facts) -> tuple[sizes.TextShape, sizes.VisionShape]:
+    known = shapes(facts)
     assert known is not None
     return known

@@ -25,12 +25,22 @@ LOCAL_EXECUTOR = "nemo_run.LocalExecutor"
 
 
 class Facts:
-    """Values of the config by key; None where a value is absent, `???` or an interpolation that can't be resolved."""
+    """Values of the config by key; None where a value is absent, `???` or an interpolation that can't be resolved.
 
-    def __init__(self, cfg: DictConfig, world_size: int | None):
+    A value is looked up once, for a lookup takes OmegaConf 0.1 ms: a config that changes needs new facts.
+    world_size: number of processes that torchrun or srun started; None = trainer.num_nodes x trainer.devices
+    """
+
+    def __init__(self, cfg: DictConfig, world_size: int | None = None):
         self.cfg, self.started = cfg, world_size
+        self._values: dict[str, Any] = {}
 
     def __getitem__(self, key: str) -> Any:
+        if key not in self._values:
+            self._values[key] = self._select(key)
+        return self._values[key]
+
+    def _select(self, key: str) -> Any:
         try:
             value = OmegaConf.select(self.cfg, key, throw_on_missing=True)
         except OmegaConfBaseException:
@@ -112,9 +122,8 @@ class Facts:
         return self["launch.executor"] is None or self["launch.executor._target_"] == LOCAL_EXECUTOR
 
 
-def shapes(cfg: DictConfig) -> tuple[sizes.TextShape, sizes.VisionShape] | None:
+def shapes(facts: Facts) -> tuple[sizes.TextShape, sizes.VisionShape] | None:
     """The sizes of an MLlama's two halves; None where one isn't a positive number."""
-    facts = Facts(cfg, None)
     text_names = [field.name for field in fields(sizes.TextShape) if field.name != "kv_channels"]
     vision_names = [field.name for field in fields(sizes.VisionShape) if field.name != "num_intermediate_layers"]
     text = facts.whole(*(f"{TEXT}.{name}" for name in text_names))

@@ -159,7 +159,7 @@ def memory_fits(facts: Facts) -> Iterator[Problem]:
     limit = facts["gpu_memory_gib"]
     if type(limit) not in (int, float) or facts["trainer.accelerator"] == "cpu" or not sizes_are_known(facts):
         return
-    estimate = estimates.memory(facts.cfg)
+    estimate = estimates.memory(facts)
     if estimate.device <= limit * sizes.GIB:
         return
     expected = f"at most gpu_memory_gib {limit:g}"

@@ -110,7 +110,7 @@ def can_be_counted(cfg: DictConfig) -> bool:
     from vlmsft.facts import Facts
     from vlmsft.feasibility import sizes_are_known
 
-    values = Facts(cfg, None)
+    values = Facts(cfg)
     steps = values.whole("trainer.max_steps")
     return steps is not None and steps[0] >= 1 and bool(values.num_microbatches) and sizes_are_known(values)
 
@@ -121,12 +121,13 @@ def facts(cfg: DictConfig) -> Any:
     from vlmsft.facts import Facts, shapes
     from vlmsft.runtime.summary import RunFacts
 
-    values, known = Facts(cfg, None), shapes(cfg)
+    values = Facts(cfg)
+    known = shapes(values)
     assert known is not None and values.world_size is not None and values.data_parallel_size is not None
     on_cpu = values["trainer.accelerator"] == "cpu"
     return RunFacts(
         model=str(values["model_name"]),
-        parameters=estimates.parameters(cfg),
+        parameters=estimates.parameters(values),
         precision=str(values["precision"]),
         tensor_model_parallel_size=values["strategy.tensor_model_parallel_size"],
         data_parallel_size=values.data_parallel_size,
@@ -141,7 +142,7 @@ def facts(cfg: DictConfig) -> Any:
         num_train_samples=num_samples(values),
         max_steps=values["trainer.max_steps"],
         val_check_interval=values["trainer.val_check_interval"],
-        memory_gib_per_gpu=None if on_cpu else estimates.memory(cfg).peak / GIB,
+        memory_gib_per_gpu=None if on_cpu else estimates.memory(values).peak / GIB,
         run_dir=values["run_dir"],
     )
 

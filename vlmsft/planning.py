@@ -64,14 +64,14 @@ class JobPlan:
 
 def plan_job(cfg: DictConfig, varies: str) -> JobPlan:
     """Raises UserError where `plan` of the config can't be understood."""
-    facts = Facts(cfg, None)
+    facts = Facts(cfg)
     known, on_cpu = sizes_are_known(facts), facts["trainer.accelerator"] == "cpu"
     speed = speed_of(cfg)
     return JobPlan(
         varies=varies,
         problems=infeasible(cfg),
-        memory_gib=estimates.memory(cfg).device / GIB if known and not on_cpu else None,
-        seconds=seconds_of(cfg, speed) if known and speed is not None else None,
+        memory_gib=estimates.memory(facts).device / GIB if known and not on_cpu else None,
+        seconds=seconds_of(facts, speed) if known and speed is not None else None,
         num_gpus=0 if on_cpu else facts.world_size or 0,
         source="" if speed is None else speed.source,
     )
@@ -121,21 +121,21 @@ def measured_speed(run_dir: str, text_tokens: float | None) -> Speed:
     return Speed(tflops * 1e12, text_tokens, source)
 
 
-def seconds_of(cfg: DictConfig, speed: Speed) -> float:
+def seconds_of(facts: Facts, speed: Speed) -> float:
     """Of all steps of a config whose sizes are known."""
-    world_size = Facts(cfg, None).world_size
-    assert world_size is not None
-    per_sample = flops_per_sample(cfg, speed.text_tokens)
-    return cfg.trainer.max_steps * cfg.data.global_batch_size * per_sample / (speed.flops_per_second * world_size)
+    assert facts.world_size is not None
+    num_samples = facts["trainer.max_steps"] * facts["data.global_batch_size"]
+    return num_samples * flops_per_sample(facts, speed.text_tokens) / (speed.flops_per_second * facts.world_size)
 
 
-def flops_per_sample(cfg: DictConfig, text_tokens: float | None) -> float:
+def flops_per_sample(facts: Facts, text_tokens: float | None) -> float:
     """Model FLOPs of a sample with one image that all its text sees; text_tokens: None = the most, all with a label."""
-    text, vision = estimates.shapes_of(cfg)
-    length = min(text_tokens or cfg.data.decoder_seq_length, cfg.data.decoder_seq_length)
-    tiles = vision.max_num_tiles if cfg.plan.tiles_per_image is None else cfg.plan.tiles_per_image
+    text, vision = estimates.shapes_of(facts)
+    longest, tiles = facts["data.decoder_seq_length"], facts["plan.tiles_per_image"]
+    length = min(text_tokens or longest, longest)
+    tiles = vision.max_num_tiles if tiles is None else tiles
     counts = count_batch(vision, text_tokens=[length], num_answers=length, num_tiles=[tiles], visible_rows=[length])
-    return step_costs(text, vision, estimates.training(cfg)).of(counts)
+    return step_costs(text, vision, estimates.training(facts)).of(counts)
 
 
 # --- shown ------------------------------------------------------------------------------------------------------------

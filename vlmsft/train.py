@@ -137,7 +137,7 @@ def environment_problems(cfg: DictConfig) -> list[Problem]:
 
     from vlmsft.checks import Facts
 
-    facts, world_size = Facts(cfg, None), started_world_size()
+    facts, world_size = Facts(cfg), started_world_size()
     problems = []
     if world_size is not None and world_size > 1 and multirun_job() is not None:
         remedy = "python -m vlmsft.train -m launch=torchrun ..."
@@ -199,7 +199,7 @@ def prepare(cfg: DictConfig, recipe: run.Partial, executor: run.Config | None, o
         max_steps=cfg.trainer.max_steps,
         config_yaml=yaml_text.dump(OmegaConf.to_container(cfg, resolve=True, enum_to_str=True)),
         overrides=overrides,
-        image_folders={source.path: source.image_folder for source in Facts(cfg, None).datasets},
+        image_folders={source.path: source.image_folder for source in Facts(cfg).datasets},
     )
 
 
