@@ -349,11 +349,21 @@ def demo(*overrides):
     return finetune_recipe(compose("experiment=demo", *overrides))
 
 
-def test_takes_under_a_second():
-    demo()
-    started = time.perf_counter()
-    demo("optim.max_lr=1e-4")
-    assert time.perf_counter() - started < 1.0
+def test_takes_less_than_composing():
+    """Both on this machine, as it may be slow; a first recipe imports what it is made of."""
+    from vlmsft.recipe import finetune_recipe
+
+    overrides = [("experiment=demo", f"optim.max_lr={rate}") for rate in (1e-4, 2e-4, 3e-4)]
+    finetune_recipe(compose(*overrides[0]))
+    composing = min(seconds_of(lambda: compose.__wrapped__(*one)) for one in overrides)
+    translating = min(seconds_of(lambda: finetune_recipe(compose(*one))) for one in overrides)
+    assert translating < composing
+
+
+def seconds_of(work):
+    started = time.process_time()
+    work()
+    return time.process_time() - started
 
 
 def test_unset_values_are_named_with_the_way_to_set_them():
