@@ -88,6 +88,8 @@ CASES = [
     ),
     ([*FP8, f"{VISION}.ffn_hidden_size=120"], f"{VISION}.ffn_hidden_size", "a multiple of 16"),
     ([*FP8_ALL, f"{TEXT}.ffn_hidden_size=120"], f"{TEXT}.ffn_hidden_size", "a multiple of 16"),
+    ([*FP8_ALL, f"+{TEXT}.kv_channels=6"], f"{TEXT}.num_attention_heads", "outputs as a multiple of 16"),
+    ([*FP8_ALL, f"+{TEXT}.kv_channels=6"], f"{TEXT}.num_query_groups", "outputs as a multiple of 16"),
     ([f"{VISION}.recompute_granularity=some"], f"{VISION}.recompute_granularity", "full, selective or null"),
     (
         [LEAN, "peft=lora", "strategy.tensor_model_parallel_size=2", "trainer.devices=2"],

@@ -138,6 +138,19 @@ def frozen_fp8_is_possible(facts: Facts) -> Iterator[Problem]:
     for name in [f"{part}.{width}" for part in parts for width in ("hidden_size", "ffn_hidden_size")]:
         if type(facts[name]) is int and facts[name] % sizes.FP8_MULTIPLE:
             yield Problem(name, str(facts[name]), f"a multiple of {sizes.FP8_MULTIPLE} with {key}")
+    if which == "all":
+        yield from _heads_fit_fp8(facts, key)
+
+
+def _heads_fit_fp8(facts: Facts, key: str) -> Iterator[Problem]:
+    known = shapes(facts)
+    if known is None:
+        return
+    text, _ = known
+    for name, width in (("num_attention_heads", text.query_size), ("num_query_groups", 2 * text.key_size)):
+        if width % sizes.FP8_MULTIPLE:
+            found = f"{facts[f'{TEXT}.{name}']}: a matrix with {width} outputs"
+            yield Problem(f"{TEXT}.{name}", found, f"outputs as a multiple of {sizes.FP8_MULTIPLE} with {key}")
 
 
 def _tower_is_frozen(facts: Facts) -> bool:
