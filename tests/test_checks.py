@@ -58,6 +58,7 @@ CASES = [
     ),
     (["strategy.tensor_model_parallel_size=0"], "strategy.tensor_model_parallel_size", "at least 1"),
     (["strategy.tensor_model_parallel_size=2"], "trainer.devices", "multiple of"),
+    (["launch=slurm", "trainer.devices=-1"], "trainer.devices", "a number of GPUs"),
     (["precision=bf16-mixed"], "precision", "'32'"),
     (["strategy=megatron", "trainer.accelerator=cpu"], "trainer.accelerator", "'gpu'"),
     (["trainer.accelerator=gpu"], "trainer.accelerator", "'cpu'"),

@@ -170,6 +170,14 @@ def world_size_is_started(facts: Facts) -> Iterator[Problem]:
         yield Problem("trainer.devices", f"{configured} with trainer.num_nodes", expected)
 
 
+def devices_of_other_machines_are_numbered(facts: Facts) -> Iterator[Problem]:
+    """The schemas of their executors want an integer, which -1 is, too."""
+    devices = facts["trainer.devices"]
+    if type(devices) is int and devices < 0 and not facts.runs_here:
+        expected = "a number of GPUs: only launch=local and launch=torchrun count those of the machine"
+        yield Problem("trainer.devices", str(devices), expected)
+
+
 def torchrun_is_one_node(facts: Facts) -> Iterator[Problem]:
     num_nodes = facts["trainer.num_nodes"]
     if facts["launch.executor._target_"] == LOCAL_EXECUTOR and type(num_nodes) is int and num_nodes > 1:
@@ -507,6 +515,7 @@ CHECKS: tuple[Callable[[Facts], Iterator[Problem]], ...] = (
     lean_forward_is_possible,
     frozen_fp8_is_possible,
     world_size_is_started,
+    devices_of_other_machines_are_numbered,
     torchrun_is_one_node,
     cpu_and_gpu,
     steps,

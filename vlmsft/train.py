@@ -66,7 +66,7 @@ def main(cfg: DictConfig) -> Start | None:
     is_job = multirun_job() is not None
     if is_job:
         raise_other_launcher()
-    cfg = with_absolute_paths(cfg)
+    cfg = with_counted_devices(with_absolute_paths(cfg))
     recipe, executor, problems = check(cfg, leave_out_infeasible=is_job)
     problems += environment_problems(cfg)
     if problems and rank_from_environment() != 0:
@@ -129,6 +129,27 @@ def started_world_size() -> int | None:
         if name in os.environ and (name == "WORLD_SIZE" or "SLURM_PROCID" in os.environ):
             return int(os.environ[name])
     return None
+
+
+def with_counted_devices(cfg: DictConfig) -> DictConfig:
+    """A config whose trainer.devices is a number where it was auto or -1 and the training runs on this machine.
+
+    Of the processes that torchrun or srun started, since Lightning's auto is one process on a CPU and all GPUs
+    otherwise; else of Lightning's own reading.
+    """
+    from vlmsft.facts import Facts
+
+    facts, started = Facts(cfg), started_world_size()
+    if facts["trainer.devices"] not in ("auto", -1, "-1") or not facts.runs_here:
+        return cfg
+    num_nodes = facts["trainer.num_nodes"]
+    if started is None or type(num_nodes) is not int or num_nodes < 1:
+        devices = num_processes("auto", facts["trainer.accelerator"])
+    else:
+        devices = max(started // num_nodes, 1)
+    cfg = cfg.copy()
+    OmegaConf.update(cfg, "trainer.devices", devices)
+    return cfg
 
 
 def environment_problems(cfg: DictConfig) -> list[Problem]:
