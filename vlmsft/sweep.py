@@ -96,6 +96,8 @@ def cancel(ledger: Ledger, cfg: DictConfig) -> int:
 def logs(ledger: Ledger, cfg: DictConfig) -> int:
     from vlmsft.sweeping import show
 
+    if type(cfg.lines) is not int or cfg.lines < 1:
+        raise UserError(Problem("lines", repr(cfg.lines), "a whole number from 1 on"))
     rows = [row for row in chosen(ledger, cfg) if row.started is not None]
     for row in rows:
         for path in show.output_of(ledger, row):

@@ -159,7 +159,7 @@ def line_of(row: JobRow) -> str:
         return f"{words}, {row.run_dir}"
     if row.state == "done":
         return f"{words} in {duration(row)}{'' if row.objective is None else f', objective {row.objective:.6g}'}"
-    return f"{words}, {row.reason.splitlines()[0]}" if row.reason else words
+    return f"{words}, {first_of(row.reason)}" if row.reason else words
 
 
 def table_of(ledger: Ledger) -> Table:
@@ -207,8 +207,14 @@ def best_of(rows: Sequence[JobRow], mode: str) -> int | None:
 def note_of(row: JobRow) -> str:
     if row.state == "running" and row.handle is not None:
         return row.handle.rpartition("/")[2]
-    note = row.reason.splitlines()[0] if row.reason else ""
+    note = first_of(row.reason) if row.reason else ""
     return note if len(note) <= NOTE_LENGTH else f"{note[: NOTE_LENGTH - 1]}…"
+
+
+def first_of(reason: str) -> str:
+    """A line: of several problems the first one, behind its count."""
+    first, *more = reason.splitlines()
+    return f"{first} {more[0].strip()}" if more and first.endswith(":") else first
 
 
 def number(value: float | None) -> str:
