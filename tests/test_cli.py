@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from vlmsft.cli import command
+from vlmsft.cli import command, quoted_beyond_ascii
 from vlmsft.config_files import root
 from vlmsft.errors import Problem, UserError
 
@@ -65,6 +65,47 @@ def test_all_at_once(refused):
         "Write strategy.sequence_parallel=true",
     ):
         assert expected in message
+
+
+def test_key_of_the_launcher(refused):
+    message = refused("experiment=demo", "hydra.launcher.max_paralel=1")
+    assert "Did you mean 'hydra.launcher.max_parallel'?" in message
+
+
+def test_null_for_a_group(refused):
+    assert refused("trainer=null").endswith("trainer: found null, expected one of default\n")
+
+
+@pytest.mark.parametrize("given", ["--config-dir={}", "hydra.searchpath=[file://{}]"])
+def test_options_of_ones_own_folder(refused, run, tmp_path, given, caplog):
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "mine.yaml").write_text("# @package _global_\ndefaults:\n  - demo\n")
+    own = given.format(tmp_path)
+    message = refused(own, "experiment=mine", "optim.max_lrr=1")
+    assert message.startswith("1 problem") and "Did you mean 'optim.max_lr'?" in message
+    assert "Did you mean 'mine'?" in refused(own, "experiment=minee")
+    assert run(own, "experiment=mine")[0] == 0
+    assert caplog.text == "", "of the multi-storage client, a traceback"
+
+
+@pytest.mark.parametrize(
+    ("typed", "read"),
+    [
+        ("data.image_folder=写真", 'data.image_folder="写真"'),
+        ("name=täst/ラン", 'name="täst/ラン"'),
+        ("name='täst'", "name='täst'"),
+        ("data.train_path=[写真,b]", "data.train_path=[写真,b]"),
+        ("--config-dir=写真", "--config-dir=写真"),
+        ("name=test", "name=test"),
+    ],
+)
+def test_letters_beyond_ascii_need_no_quotes(typed, read):
+    assert quoted_beyond_ascii(typed) == read
+
+
+def test_a_folder_in_japanese(run):
+    code, out, _ = run("data.image_folder=写真")
+    assert code == 0 and "STARTED" in out
 
 
 def test_option_of_a_sweep_that_does_not_exist(refused):

@@ -9,15 +9,20 @@ Imports neither torch nor NeMo.
 from __future__ import annotations
 
 import functools
+import logging
 import os
+import re
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 import hydra
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.utils import get_args_parser
+from hydra.core.config_search_path import SearchPathElement
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.object_type import ObjectType
@@ -48,6 +53,7 @@ def command(
     after_all: called once when no job had one
     """
     register_resolvers()
+    _without_words_of_msc()
 
     def decorate(task: Callable[[DictConfig], Any]) -> Callable[[], None]:
         @functools.wraps(task)
@@ -63,9 +69,12 @@ def command(
         def main() -> None:
             with _messages(), _raw_hydra_errors(True):
                 _jobs.clear()
+                sys.argv[1:] = [quoted_beyond_ascii(argument) for argument in sys.argv[1:]]
                 try:
                     run()
-                except (CompactHydraException, OmegaConfBaseException) as error:
+                except (CompactHydraException, OmegaConfBaseException, ValueError) as error:
+                    if isinstance(error, ValueError) and not _is_about_a_group(error):
+                        raise
                     raise UserError(explain(config_name, _overrides_on_command_line(), error)) from None
                 raise_multirun_problems()
                 if after_all is not None:
@@ -75,6 +84,14 @@ def command(
         return main
 
     return decorate
+
+
+def _without_words_of_msc() -> None:
+    """Energon's multi-storage client puts its own place into each Hydra's search path, and says with a traceback that
+    it isn't configured whenever there is a hydra.searchpath.
+    """
+    logging.getLogger("multistorageclient.contrib.hydra").setLevel(logging.CRITICAL)
+    warnings.filterwarnings("ignore", "provider=msc-universal", UserWarning)
 
 
 @contextmanager
@@ -166,8 +183,24 @@ def _raw_hydra_errors(raw: bool) -> Iterator[None]:
             os.environ["HYDRA_FULL_ERROR"] = before
 
 
+def _is_about_a_group(error: ValueError) -> bool:
+    """Hydra's own, for a group that is overridden by null."""
+    return str(error).startswith("Config group override must be")
+
+
 def _overrides_on_command_line() -> list[str]:
     return get_args_parser().parse_args().overrides
+
+
+def quoted_beyond_ascii(argument: str) -> str:
+    """data.image_folder=写真 with its value in quotes, as Hydra's grammar has ASCII only beside them.
+
+    What holds anything that Hydra may read as more than text stays as it is.
+    """
+    key, equals, value = argument.partition("=")
+    if argument.startswith("-") or not equals or value.isascii() or re.search(r"[\s,=:\[\]{}()'\"\\$]", value):
+        return argument
+    return f'{key}="{value}"'
 
 
 # --- what is wrong with a composition ---------------------------------------------------------------------------------
@@ -180,6 +213,7 @@ def explain(config_name: str, overrides: list[str], error: Exception) -> list[Pr
     """
     parsed, problems = _parse(overrides)
     with hydra.initialize_config_dir(str(root() / "conf"), version_base="1.3"):
+        _add_searchpath([*_config_dir(), *_searchpath(parsed)])
         loader = GlobalHydra.instance().config_loader()
         groups = [override for override in parsed if _is_group(loader, override)]
         group_problems = [problem for override in groups for problem in _wrong_options(loader, override)]
@@ -190,13 +224,33 @@ def explain(config_name: str, overrides: list[str], error: Exception) -> list[Pr
             else [str(override.input_line) for override in groups if not override.is_sweep_override()]
         )
         try:
-            base = hydra.compose(config_name, usable)
+            base = hydra.compose(config_name, usable, return_hydra_config=True)
         except (CompactHydraException, OmegaConfBaseException) as broken:
             return problems or [_as_hydra_said(broken)]
         for override in parsed:
-            if override not in groups and not override.get_key_element().startswith("hydra."):
+            if override not in groups and override.key_or_group != "hydra.searchpath":
                 problems += _wrong_value(config_name, usable, base, loader, override)
     return problems or [_as_hydra_said(error)]
+
+
+def _config_dir() -> list[str]:
+    folder = get_args_parser().parse_args().config_dir
+    return [] if folder is None else [os.path.abspath(folder)]
+
+
+def _searchpath(parsed: list[Override]) -> list[str]:
+    """The user's own folders of YAML."""
+    values = [override.value() for override in parsed if override.key_or_group == "hydra.searchpath"]
+    return [str(folder) for value in values if isinstance(value, list) for folder in value]
+
+
+def _add_searchpath(folders: list[str]) -> None:
+    """To the Hydra that is set up now, before its schemas, which have to be last."""
+    path = GlobalHydra.instance().config_loader().get_search_path()
+    path.get_path()[-1:-1] = [SearchPathElement("command-line", folder) for folder in folders]
+    instance = GlobalHydra.instance().hydra
+    assert instance is not None
+    instance.config_loader = ConfigLoaderImpl(path)
 
 
 def _parse(overrides: list[str]) -> tuple[list[Override], list[Problem]]:
@@ -212,7 +266,8 @@ def _parse(overrides: list[str]) -> tuple[list[Override], list[Problem]]:
                     where=text.split("=")[0],
                     found=repr(text),
                     expected="an override key=value",
-                    remedy=f"Hydra says: {reason}. Quote what holds , = : [ ] {{ }} or spaces: 'key=\"a, b\"'",
+                    remedy=f"Hydra says: {reason}. Quote what holds , = : [ ] {{ }}, spaces or letters beyond ASCII: "
+                    "'key=\"a, b\"'",
                 )
             )
     return parsed, problems
@@ -228,10 +283,10 @@ def _wrong_options(loader, override: Override) -> Iterator[Problem]:
     group = override.key_or_group
     options = loader.get_group_options(group, results_filter=ObjectType.CONFIG)
     for choice in _choices(override):
-        if choice is not None and choice not in options:
+        if choice not in options:
             yield Problem(
                 where=group,
-                found=repr(choice),
+                found="null" if choice is None else repr(choice),
                 expected=f"one of {', '.join(options)}",
                 remedy=nearest(str(choice), options),
             )
