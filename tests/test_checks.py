@@ -59,6 +59,23 @@ CASES = [
     (["strategy.tensor_model_parallel_size=0"], "strategy.tensor_model_parallel_size", "at least 1"),
     (["strategy.tensor_model_parallel_size=2"], "trainer.devices", "multiple of"),
     (["launch=slurm", "trainer.devices=-1"], "trainer.devices", "a number of GPUs"),
+    (["trainer.devices=two"], "trainer.devices", "a number from 1 on"),
+    (["trainer.devices=0"], "trainer.devices", "a number from 1 on"),
+    (["trainer.devices=[]"], "trainer.devices", "a number from 1 on"),
+    (["gpu_memory_gib=80GB"], "gpu_memory_gib", "a number of GiB above 0"),
+    (["gpu_memory_gib=0"], "gpu_memory_gib", "a number of GiB above 0"),
+    (["id="], "id", "a folder's name"),
+    (["id=.."], "id", "a folder's name"),
+    (["name=null"], "name", "a folder's name"),
+    (["run_dir=null"], "run_dir", "a folder"),
+    (["data.image_folder=2017"], "data.image_folder", "a folder"),
+    (["log.ckpt.monitor=val_los"], "log.ckpt.monitor", "a metric of this run: val_loss"),
+    (["log.ckpt.monitor=val_loss_chat"], "log.ckpt.monitor", "a metric of this run: val_loss"),
+    (
+        ["early_stopping=val_loss", "trainer.callbacks.early_stopping.monitor=train_loss"],
+        "trainer.callbacks.early_stopping.monitor",
+        "reduced_train_loss",
+    ),
     (["precision=bf16-mixed"], "precision", "'32'"),
     (["strategy=megatron", "trainer.accelerator=cpu"], "trainer.accelerator", "'gpu'"),
     (["trainer.accelerator=gpu"], "trainer.accelerator", "'cpu'"),
@@ -176,6 +193,36 @@ def test_problem_is_named(overrides, where, expected):
     found = {problem.where: problem for problem in problems("experiment=demo", *overrides)}
     assert where in found, list(found)
     assert expected in found[where].expected
+
+
+def test_metrics_of_named_validations_and_of_callbacks():
+    named = "data.validation_path={chat: c.jsonl, ocr: o.jsonl}"
+    stopping = ["early_stopping=val_loss", "trainer.callbacks.early_stopping.monitor"]
+
+    def wrong(metric):
+        found = problems("experiment=demo", named, stopping[0], f"{stopping[1]}={metric}")
+        return [problem.remedy for problem in found if problem.where == stopping[1]]
+
+    assert wrong("val_loss_ocr") == wrong("bleu") == wrong("reduced_train_loss") == []
+    assert wrong("val_loss_orc") == ["Did you mean 'val_loss_ocr'?"]
+
+
+def test_what_restore_from_may_have_meant(tmp_path):
+    """A run's folder, which other commands take, and a Hugging Face model."""
+    checkpoint = tmp_path / "run" / "checkpoints" / "val_loss=0.5000-step=9-last"
+    for folder in ("weights", "context"):
+        (checkpoint / folder).mkdir(parents=True)
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf" / "config.json").write_text("{}")
+
+    def remedies(path):
+        found = problems("experiment=demo", f"restore_from='{path}'")
+        return [problem.remedy for problem in found if problem.where == "restore_from"]
+
+    assert remedies(checkpoint) == remedies("nemo://llama") == []
+    assert remedies(tmp_path / "run") == [f"Of this run: \"restore_from='{checkpoint}'\""]
+    assert "vlmsft.import_ckpt" in remedies(tmp_path / "hf")[0]
+    assert "restore_from=null" in remedies(tmp_path / "hf" / "nowhere")[0]
 
 
 def test_adapters_are_trained_where_all_weights_are_frozen():

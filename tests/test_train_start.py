@@ -3,7 +3,8 @@
 import pytest
 from config_cases import compose
 
-from vlmsft.train import with_counted_devices
+from vlmsft import train
+from vlmsft.train import names_read_as_numbers, with_counted_devices
 
 
 def devices(*overrides):
@@ -44,3 +45,11 @@ def test_a_number_and_other_machines_are_left_alone(monkeypatch):
     cfg = compose("experiment=demo", "trainer.devices=auto")
     with_counted_devices(cfg)
     assert cfg.trainer.devices == "auto", "the config itself stays"
+
+
+@pytest.mark.parametrize(
+    ("override", "is_named"), [("id=20261129_1", True), ("name=1e3", True), ("id=7", False), ("id='1_0'", False)]
+)
+def test_a_name_that_hydra_reads_as_another_number(override, is_named, monkeypatch):
+    monkeypatch.setattr(train, "overrides_of_this_run", lambda: ["seed=1_0", override])
+    assert [problem.found for problem in names_read_as_numbers()] == [override.partition("=")[2]] * is_named

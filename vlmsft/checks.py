@@ -13,7 +13,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from omegaconf import DictConfig
 from rich.progress import Progress
 
+from vlmsft.checkpoints.find import is_checkpoint, resolve_checkpoint
 from vlmsft.errors import Problem, UserError, nearest
 from vlmsft.estimates import needs_megatrons_layers
 from vlmsft.facts import CPU_STRATEGY, LOCAL_EXECUTOR, TENSOR_PARALLEL, TEXT, VISION, Facts, shapes
@@ -51,7 +52,7 @@ def malformed(cfg: DictConfig, world_size: int | None = None) -> list[Problem]:
     return [problem for check in CHECKS for problem in check(facts)]
 
 
-# --- numbers by themselves --------------------------------------------------------------------------------------------
+# --- values by themselves --------------------------------------------------------------------------------------------
 
 MINIMA = {
     "seed": 0,
@@ -82,11 +83,32 @@ MINIMA = {
 }
 
 
+def run_has_folders(facts: Facts) -> Iterator[Problem]:
+    """An id or name that is no folder's own name would put a run among, or into, those of others."""
+    for key in ("name", "id"):
+        value = facts[key]
+        folder = "" if value is None else str(value)
+        if folder in ("", ".", "..") or "/" in folder:
+            yield Problem(key, repr(value), "a folder's name: runs lie in runs/<name>/<id>")
+    for key in ("run_dir", "data.image_folder"):
+        value = facts[key]
+        if value is not None and not isinstance(value, str):
+            yield Problem(key, repr(value), "a folder", f"A number as text: '{key}=\"{value}\"'")
+    if facts["run_dir"] is None:
+        yield Problem("run_dir", "null", "a folder")
+
+
 def minima(facts: Facts) -> Iterator[Problem]:
     for key, least in MINIMA.items():
         value = facts[key]
         if type(value) in (int, float) and value < least:
             yield Problem(key, str(value), f"at least {least}")
+
+
+def memory_limit_is_a_number(facts: Facts) -> Iterator[Problem]:
+    limit = facts["gpu_memory_gib"]
+    if limit is not None and (type(limit) not in (int, float) or limit <= 0):
+        yield Problem("gpu_memory_gib", repr(limit), "a number of GiB above 0, or null to leave memory unchecked")
 
 
 # --- parallelism ------------------------------------------------------------------------------------------------------
@@ -170,10 +192,20 @@ def world_size_is_started(facts: Facts) -> Iterator[Problem]:
         yield Problem("trainer.devices", f"{configured} with trainer.num_nodes", expected)
 
 
+def devices_are_a_number(facts: Facts) -> Iterator[Problem]:
+    """As Lightning reads them: a number of processes on each node, or a list of GPUs."""
+    devices = facts["trainer.devices"]
+    is_text = isinstance(devices, str) and (devices in ("auto", "-1") or re.fullmatch(r"[\d, ]+", devices))
+    if devices is None or devices == -1 or is_text or (isinstance(devices, list) and devices):
+        return
+    if type(devices) is not int or devices < 1:
+        yield Problem("trainer.devices", repr(devices), "a number from 1 on, auto, or a list of GPUs")
+
+
 def devices_of_other_machines_are_numbered(facts: Facts) -> Iterator[Problem]:
     """The schemas of their executors want an integer, which -1 is, too."""
     devices = facts["trainer.devices"]
-    if type(devices) is int and devices < 0 and not facts.runs_here:
+    if devices == -1 and not facts.runs_here:
         expected = "a number of GPUs: only launch=local and launch=torchrun count those of the machine"
         yield Problem("trainer.devices", str(devices), expected)
 
@@ -254,11 +286,39 @@ def checkpoints_are_saved(facts: Facts) -> Iterator[Problem]:
     if facts["log.ckpt.save_top_k"] != -1:
         if not isinstance(monitor, str):
             yield Problem("log.ckpt.monitor", str(monitor), "the name of a metric", f"log.ckpt.monitor={example}")
+        elif (problem := wrong_metric(facts, "log.ckpt.monitor")) is not None:
+            yield problem
         elif isinstance(filename, str) and not re.search(rf"\{{{re.escape(monitor)}[:}}]", filename):
             remedy = "A continued run finds its best checkpoints by their names"
             yield Problem("log.ckpt.filename", repr(filename), f"a name with {{{monitor}:.4f}}", remedy)
     if not facts.validates:
         yield from _saved_without_validation(facts)
+
+
+def early_stopping_has_a_metric(facts: Facts) -> Iterator[Problem]:
+    problem = wrong_metric(facts, "trainer.callbacks.early_stopping.monitor")
+    if problem is not None and facts.validates:
+        yield problem
+
+
+def wrong_metric(facts: Facts, key: str) -> Problem | None:
+    """The value of `key` as a problem where it is a validation loss that is not logged, or a metric misspelt.
+
+    Other names are let through, since callbacks can log what they like.
+    """
+    metric = facts[key]
+    if not isinstance(metric, str):
+        return None
+    names = [source.name for source in facts.datasets if source.key.startswith("data.validation_path")]
+    validations = ["val_loss", *(f"val_loss_{name}" for name in names if name is not None)]
+    known = [*validations, *TRAINING_METRICS]
+    hint = nearest(metric, known)
+    if metric in known or not (metric.startswith("val_loss") or hint):
+        return None
+    return Problem(key, repr(metric), f"a metric of this run: {', '.join(known)}", hint)
+
+
+TRAINING_METRICS = ("reduced_train_loss", "grad_norm", "lr")
 
 
 def _saved_without_validation(facts: Facts) -> Iterator[Problem]:
@@ -369,9 +429,17 @@ def load_processor(processor: str) -> tuple[SampleEncoder | None, list[Problem]]
 
 def checkpoint_exists(facts: Facts) -> Iterator[Problem]:
     path = facts["restore_from"]
-    if isinstance(path, str) and "://" not in path and facts.runs_here and not Path(path).is_dir():
-        remedy = "Fresh random weights on purpose: restore_from=null"
-        yield Problem("restore_from", repr(path), "the folder of a NeMo checkpoint", remedy)
+    if path is None or not facts.runs_here or (isinstance(path, str) and ("://" in path or is_checkpoint(Path(path)))):
+        return
+    yield Problem("restore_from", repr(path), "the folder of a NeMo checkpoint", _checkpoint_meant_by(str(path)))
+
+
+def _checkpoint_meant_by(path: str) -> str:
+    if Path(path, "config.json").is_file():
+        return f"A Hugging Face model becomes one: python -m vlmsft.import_ckpt source={path} output=..."
+    with suppress(UserError):
+        return f"Of this run: \"restore_from='{resolve_checkpoint(path, 'last')}'\""
+    return "Fresh random weights on purpose: restore_from=null"
 
 
 def data_files(facts: Facts) -> Iterator[Problem]:
@@ -510,11 +578,14 @@ def _progress_if_slow(text: str) -> Iterator[Callable[[int, int], None]]:
 
 
 CHECKS: tuple[Callable[[Facts], Iterator[Problem]], ...] = (
+    run_has_folders,
     minima,
+    memory_limit_is_a_number,
     unsupported_layers,
     lean_forward_is_possible,
     frozen_fp8_is_possible,
     world_size_is_started,
+    devices_are_a_number,
     devices_of_other_machines_are_numbered,
     torchrun_is_one_node,
     cpu_and_gpu,
@@ -522,6 +593,7 @@ CHECKS: tuple[Callable[[Facts], Iterator[Problem]], ...] = (
     validation_batches,
     validation_is_needed,
     checkpoints_are_saved,
+    early_stopping_has_a_metric,
     saving_fits_peft,
     learning_rate,
     datasets_are_named,

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
 from vlmsft.cli import command, multirun_job
@@ -68,7 +69,7 @@ def main(cfg: DictConfig) -> Start | None:
         raise_other_launcher()
     cfg = with_counted_devices(with_absolute_paths(cfg))
     recipe, executor, problems = check(cfg, leave_out_infeasible=is_job)
-    problems += environment_problems(cfg)
+    problems += environment_problems(cfg) + names_read_as_numbers()
     if problems and rank_from_environment() != 0:
         sys.exit(USER_ERROR_EXIT_CODE)  # rank 0 says it
     if problems:
@@ -193,6 +194,17 @@ def num_processes(devices: int | str | Sequence[int] | None, accelerator: str | 
     import torch
 
     return max(torch.cuda.device_count(), 1) if accelerator == "gpu" else 1
+
+
+def names_read_as_numbers() -> list[Problem]:
+    """id=20261129_1, which Hydra reads as the number 202611291: its run would not be found under what was typed."""
+    problems = []
+    for override in overrides_of_this_run():
+        key, _, text = override.partition("=")
+        value = OverridesParser.create().parse_override(override).value() if key in ("id", "name") else text
+        if type(value) in (int, float, bool) and str(value) != text:
+            problems.append(Problem(key, text, f"text; Hydra reads {value!r}", f"Quote it: '{key}=\"{text}\"'"))
+    return problems
 
 
 def overrides_of_this_run() -> list[str]:

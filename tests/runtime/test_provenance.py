@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from vlmsft.config_files import root
+from vlmsft.errors import UserError
 from vlmsft.runtime import provenance
 from vlmsft.runtime.provenance import (
     Scrubber,
@@ -318,3 +319,11 @@ def test_fingerprint_of_files_with_image_folders_of_their_own(dataset):
     apart = data_fingerprint(files, {files[0]: str(dataset / "images"), files[1]: str(dataset)})
     assert [images["folder"] for images in apart["images"]] == [str(dataset / "images"), str(dataset)]
     assert "images" not in data_fingerprint(files, dict.fromkeys(files))
+
+
+def test_a_run_folder_that_cannot_be_made(tmp_path):
+    (tmp_path / "run").write_text("a file")
+    with pytest.raises(UserError) as error:
+        write_run_folder(tmp_path / "run", CONFIG, [])
+    (problem,) = error.value.problems
+    assert problem.where == "run_dir" and "File exists" in problem.found

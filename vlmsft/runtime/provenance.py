@@ -36,7 +36,7 @@ from typing import Any
 
 from vlmsft import yaml_text
 from vlmsft.data.records import RecordFile, parse
-from vlmsft.errors import UserError
+from vlmsft.errors import Problem, UserError
 
 PACKAGES = (
     "vlmsft",
@@ -95,7 +95,11 @@ def write_run_folder(
     code_dir: a folder of the code whose git state is kept; this package's folder where None
     """
     run_dir = Path(run_dir)
-    run_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        found = f"{str(run_dir)!r}, where none can be made: {error.strerror}"
+        raise UserError(Problem("run_dir", found, "a folder that exists or can be made")) from error
     scrubber = Scrubber.from_environment()
     folder, number = _next_folder(run_dir)
     config = scrubber.tree(yaml_text.load(config_yaml))
