@@ -30,6 +30,10 @@ def run_main(monkeypatch, capfd) -> Callable[..., tuple[int, str, str]]:
         # Hydra configures logging, which closes all handlers: pytest's too, and absl's with pytest's capture file
         monkeypatch.setattr(logging, "_handlerList", [])
         monkeypatch.setattr(sys, "argv", ["vlmsft", *arguments])
+        loggers = [logger for logger in logging.root.manager.loggerDict.values() if isinstance(logger, logging.Logger)]
+        for logger in loggers:  # job_logging: disabled disables those that are there
+            monkeypatch.setattr(logger, "disabled", logger.disabled)
+        monkeypatch.setattr(logging.root, "level", logging.root.level)
         code = 0
         try:
             main()

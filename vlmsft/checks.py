@@ -83,19 +83,23 @@ MINIMA = {
 }
 
 
-def run_has_folders(facts: Facts) -> Iterator[Problem]:
+def run_has_a_folder(facts: Facts) -> Iterator[Problem]:
     """An id or name that is no folder's own name would put a run among, or into, those of others."""
+    if "run_dir" not in facts.cfg:  # another command's config
+        return
     for key in ("name", "id"):
-        value = facts[key]
-        folder = "" if value is None else str(value)
-        if folder in ("", ".", "..") or "/" in folder:
-            yield Problem(key, repr(value), "a folder's name: runs lie in runs/<name>/<id>")
-    for key in ("run_dir", "data.image_folder"):
-        value = facts[key]
-        if value is not None and not isinstance(value, str):
-            yield Problem(key, repr(value), "a folder", f"A number as text: '{key}=\"{value}\"'")
-    if facts["run_dir"] is None:
-        yield Problem("run_dir", "null", "a folder")
+        parts = ("" if facts[key] is None else str(facts[key])).split("/")
+        if not {"", ".", ".."}.isdisjoint(parts) or (key == "id" and len(parts) > 1):
+            yield Problem(key, repr(facts[key]), "a folder's name: runs lie in runs/<name>/<id>")
+    if not isinstance(facts["run_dir"], str):
+        yield Problem("run_dir", repr(facts["run_dir"]), "a folder")
+
+
+def image_folder_is_text(facts: Facts) -> Iterator[Problem]:
+    folder = facts["data.image_folder"]
+    if folder is not None and not isinstance(folder, str):
+        remedy = f"A number as text: 'data.image_folder=\"{folder}\"'"
+        yield Problem("data.image_folder", repr(folder), "a folder", remedy)
 
 
 def minima(facts: Facts) -> Iterator[Problem]:
@@ -578,7 +582,8 @@ def _progress_if_slow(text: str) -> Iterator[Callable[[int, int], None]]:
 
 
 CHECKS: tuple[Callable[[Facts], Iterator[Problem]], ...] = (
-    run_has_folders,
+    run_has_a_folder,
+    image_folder_is_text,
     minima,
     memory_limit_is_a_number,
     unsupported_layers,

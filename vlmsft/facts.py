@@ -97,7 +97,7 @@ class Facts:
     def sources(self, *keys: str) -> list[Source]:
         """The datasets that are named under `keys`. Raises UserError where one can't be understood."""
         folder = self["data.image_folder"]
-        folder = folder if isinstance(folder, str) else None  # run_has_folders says what else it is
+        folder = folder if isinstance(folder, str) else None  # image_folder_is_text says what else it is
         values = {key: self[key] for key in keys}
         plain = {key: OmegaConf.to_object(v) if isinstance(v, DictConfig) else v for key, v in values.items()}
         images = not self.reads_shards
