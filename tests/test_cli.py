@@ -72,6 +72,11 @@ def test_key_of_the_launcher(refused):
     assert "Did you mean 'hydra.launcher.max_parallel'?" in message
 
 
+def test_keys_that_have_to_be_set_are_keys(refused):
+    message = refused("data.train_path=a.jsonl", "restore_from=models/11b", "optim.max_lrr=1")
+    assert message.startswith("1 problem") and "optim.max_lrr" in message
+
+
 def test_null_for_a_group(refused):
     assert refused("trainer=null").endswith("trainer: found null, expected one of default\n")
 

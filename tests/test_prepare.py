@@ -75,11 +75,13 @@ def test_wrong_values_come_as_one_message(tmp_path):
     assert not (tmp_path / "datasets").exists()
 
 
-def test_the_preloaded_command_composes(tmp_path):
-    cfg = compose("dataset=sample", f"output={tmp_path}/out")
+@pytest.mark.parametrize("folder", ["out", "写 真", "it's", 'a "b" c', "a,b=[c]"])
+def test_the_preloaded_command_composes(tmp_path, folder):
+    cfg = compose("dataset=sample").copy()
+    cfg.output = f"{tmp_path}/{folder}"
     settings = settings_of(cfg)
     line = train_commands(cfg, settings, {"counts": {"training": 1, "validation": 1}})[0]
     with hydra.initialize_config_dir(str(root() / "conf"), version_base="1.3"):
         composed = hydra.compose("train", shlex.split(line)[3:])
-    assert composed.data.train_path == f"{tmp_path}/out/training.jsonl"
+    assert composed.data.train_path == f"{tmp_path}/{folder}/training.jsonl"
     assert composed.data.image_folder == str(settings.image_folder)

@@ -39,7 +39,7 @@ BLEND = [
     f"data.train_path={{chat:{{path:{sample_set()}/train.jsonl,weight:3}},ocr:{{path:{sample_set()}/validation.jsonl,weight:1}}}}",
     f"data.validation_path={{seen:{sample_set()}/validation.jsonl,all:{sample_set()}/train.jsonl}}",
 ]
-TP2 = ["trainer.devices=auto", "strategy.tensor_model_parallel_size=2"]
+TP2 = [TWO_RANKS, "strategy.tensor_model_parallel_size=2"]
 
 
 def batches(global_batch_size: int, micro_batch_size: int) -> list[str]:

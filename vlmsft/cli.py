@@ -324,7 +324,7 @@ def key_exists(cfg: DictConfig, key: str) -> bool:
     node = _select(cfg, parent)
     if isinstance(node, ListConfig):
         return name.isdigit() and int(name) < len(node)
-    return isinstance(node, DictConfig) and name in node
+    return isinstance(node, DictConfig) and name in list(node)  # `name in node` is false for ???
 
 
 def _behind_interpolations(cfg: DictConfig, key: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -81,11 +82,19 @@ def train_commands(cfg: DictConfig, settings: Settings, manifest: dict[str, Any]
         validation = settings.output / "validation.jsonl" if "validation" in manifest["counts"] else "null"
         paths = {"train_path": settings.output / "training.jsonl", "validation_path": validation}
         paths["image_folder"] = settings.image_folder
-        keys = " ".join(f"data.{key}={shlex.quote(str(value))}" for key, value in paths.items())
+        keys = " ".join(typed(f"data.{key}", str(value)) for key, value in paths.items())
         lines.append(f"{start} {cfg.dataset.train.preloaded} {keys}")
     if "energon" in settings.formats:
-        lines.append(f"{start} {cfg.dataset.train.energon} data.path={shlex.quote(str(settings.shard_folder))}")
+        lines.append(f"{start} {cfg.dataset.train.energon} {typed('data.path', str(settings.shard_folder))}")
     return lines
+
+
+def typed(key: str, value: str) -> str:
+    """An override as a shell takes it, in Hydra's quotes where its grammar needs them."""
+    if re.fullmatch(r"[\w./-]+", value, re.ASCII):
+        return f"{key}={value}"
+    escaped = re.sub(r"(\\*)(\"|$)", lambda match: match[1] * 2 + match[2].replace('"', '\\"'), value)
+    return shlex.quote(f'{key}="{escaped}"')
 
 
 if __name__ == "__main__":

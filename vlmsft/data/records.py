@@ -201,6 +201,9 @@ def _missing_file(path: Path) -> Problem:
 
 
 def _broken_json(where: str, error: ValueError, expected: str) -> Problem:
+    if isinstance(error, UnicodeDecodeError):
+        found = f"text that is not UTF-8 ({error.reason})"
+        return RecordProblem(where, found, f"{expected} in UTF-8", "Save the file as UTF-8", kind="broken JSON")
     column = getattr(error, "colno", None)
     found = getattr(error, "msg", str(error))
     broken = f"broken JSON ({found}{f', column {column}' if column else ''})"

@@ -145,6 +145,42 @@ def test_changed_conversations_are_refused(settings, zip_archive, conversations)
         prepare(asked)
 
 
+def test_conversations_corrected_after_a_failed_start_are_read_again(settings, zip_archive, conversations):
+    good = conversations.read_text()
+    conversations.write_text(good + json.dumps({"image": "nowhere.jpg", "conversations": TURNS}) + "\n")
+    asked = settings(images=str(zip_archive))
+    with pytest.raises(UserError, match=r"nowhere\.jpg"):
+        prepare(asked)
+    conversations.write_text(good)
+    assert prepare(asked)["counts"]["records"] == 40
+
+
+def test_conversations_changed_behind_a_stopped_start_are_refused(settings, zip_archive, conversations, monkeypatch):
+    asked = settings(images=str(zip_archive))
+    monkeypatch.setattr(run._Preparation, "write_shards", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(asked)
+    monkeypatch.undo()
+    conversations.write_text(conversations.read_text().splitlines()[0] + "\n")
+    with pytest.raises(UserError, match=r"conversations\.sha256"):
+        prepare(asked)
+
+
+TURNS = [{"from": "human", "value": "<image>\n何ですか。"}, {"from": "gpt", "value": "図です。"}]
+
+
+def interrupted(*_):
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [("a/b.JPG", "0.jpg"), ("図1.東京", "0.img"), ("none", "0.img"), ("a.b c", "0.img"), (f"a.{'x' * 90}", "0.img")],
+)
+def test_names_of_images_in_a_shard(name, part):
+    assert shards.part_name(0, name) == part
+
+
 def test_an_output_that_was_changed_or_deleted(settings, zip_archive):
     asked = settings(images=str(zip_archive))
     manifest = prepare(asked)

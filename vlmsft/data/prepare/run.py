@@ -116,10 +116,7 @@ def _size(path: Path) -> int | None:
 
 def _local_inputs(settings: Settings) -> dict[str, dict[str, Any]]:
     """The inputs that can be looked at in seconds: files of conversations by content, a local archive by size."""
-    inputs: dict[str, dict[str, Any]] = {}
-    for key, name in (("conversations", settings.conversations), ("validation", settings.validation)):
-        if name is not None and Path(name).is_file():
-            inputs[key] = open_source(name, None, settings.hub_split).identity()
+    inputs = _local_conversations(settings)
     if settings.images is not None and Path(settings.images).is_file():
         inputs["images"] = {"bytes": Path(settings.images).stat().st_size}
     files = [path for name in SPLITS if (path := settings.output / f"{name}.jsonl").is_file()]
@@ -127,6 +124,15 @@ def _local_inputs(settings: Settings) -> dict[str, dict[str, Any]]:
         names = [shards.image_names(record) for path in files for record in _all(RecordFile(path))]
         inputs["images"] = folder_facts(settings.image_folder, _distinct(names))
     return inputs
+
+
+def _local_conversations(settings: Settings) -> dict[str, dict[str, Any]]:
+    named = (("conversations", settings.conversations), ("validation", settings.validation))
+    return {
+        key: open_source(name, None, settings.hub_split).identity()
+        for key, name in named
+        if name is not None and Path(name).is_file()
+    }
 
 
 class _Preparation:
@@ -148,6 +154,7 @@ class _Preparation:
         settings.work.mkdir(exist_ok=True)
         for leftover in settings.output.glob(f"shards/*{PARTIAL_SUFFIX}"):  # of a start that was killed
             leftover.unlink()
+        self.forget_changed_conversations()
         records = self.read_conversations()
         names = [shards.image_names(record) if record else [] for record in _all(records)]
         self.fetch_images(names)
@@ -161,6 +168,21 @@ class _Preparation:
         return result
 
     # --- conversations
+
+    def forget_changed_conversations(self) -> None:
+        """Files that were edited since an earlier start read them are read again; raises UserError where records of the
+        old text are written already."""
+        work, settings = self.settings.work, self.settings
+        if not (work / "sources.json").is_file():
+            return
+        before, now = _read_json(work / "sources.json"), _local_conversations(settings)
+        if all(before.get(key, {}).get(name) == value for key, facts in now.items() for name, value in facts.items()):
+            return
+        if any((folder / f"{name}.jsonl").exists() for name in SPLITS for folder in (settings.output, work)):
+            manifest.raise_changed_inputs(settings.output, before, now)
+        say("the conversations have changed since they were read: reading them again")
+        for name in ("records.jsonl", "dropped.json", "bad_images.json", "sources.json"):
+            (work / name).unlink(missing_ok=True)
 
     def read_conversations(self) -> RecordFile:
         """All records, prepared, one on each line; null for one that can't be used."""

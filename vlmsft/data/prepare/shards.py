@@ -19,6 +19,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -126,7 +127,9 @@ def image_names(record: dict) -> list[str]:
 
 
 def part_name(position: int, image_name: str) -> str:
-    return f"{position}.{Path(image_name).suffix[1:].lower() or 'img'}"
+    """A tar's names are of ASCII and short: what follows a name's last dot may be neither."""
+    suffix = Path(image_name).suffix[1:].lower()
+    return f"{position}.{suffix if re.fullmatch(r'[a-z0-9]{1,8}', suffix) else 'img'}"
 
 
 def write(shard: Shard) -> WrittenShard:
