@@ -52,7 +52,7 @@ def malformed(cfg: DictConfig, world_size: int | None = None) -> list[Problem]:
     return [problem for check in CHECKS for problem in check(facts)]
 
 
-# --- values by themselves --------------------------------------------------------------------------------------------
+# --- values by themselves ---------------------------------------------------------------------------------------------
 
 MINIMA = {
     "seed": 0,

@@ -200,7 +200,13 @@ def quoted_beyond_ascii(argument: str) -> str:
     key, equals, value = argument.partition("=")
     if argument.startswith("-") or not equals or value.isascii() or re.search(r"[\s,=:\[\]{}()'\"\\$]", value):
         return argument
-    return f'{key}="{value}"'
+    return f"{key}={quoted(value)}"
+
+
+def quoted(text: str) -> str:
+    """Any text as a value of Hydra's grammar that is this text, and no interpolation."""
+    escaped = re.sub(r"(\\*)(\"|$)", lambda match: match[1] * 2 + match[2].replace('"', '\\"'), text)
+    return '"' + escaped.replace("${", "\\${") + '"'
 
 
 # --- what is wrong with a composition ---------------------------------------------------------------------------------

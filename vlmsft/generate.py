@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 import warnings
 from typing import TYPE_CHECKING, Any
@@ -11,7 +10,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig
 
-from vlmsft.cli import command
+from vlmsft.cli import command, quoted
 from vlmsft.config_files import absolute_path
 from vlmsft.errors import Problem, UserError
 
@@ -41,8 +40,7 @@ def _quoted(argument: str) -> str:
         readable = False
     if readable:
         return argument
-    text = re.sub(r"(\\*)(\"|$)", lambda match: match[1] * 2 + match[2].replace('"', '\\"'), value)
-    return f'{key}="{text.replace("${", chr(92) + "${")}"'
+    return f"{key}={quoted(value)}"
 
 
 @command("generate")

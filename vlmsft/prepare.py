@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue
 
-from vlmsft.cli import command
+from vlmsft.cli import command, quoted
 from vlmsft.config_files import absolute_path
 from vlmsft.errors import Problem, UserError
 
@@ -93,8 +93,7 @@ def typed(key: str, value: str) -> str:
     """An override as a shell takes it, in Hydra's quotes where its grammar needs them."""
     if re.fullmatch(r"[\w./-]+", value, re.ASCII):
         return f"{key}={value}"
-    escaped = re.sub(r"(\\*)(\"|$)", lambda match: match[1] * 2 + match[2].replace('"', '\\"'), value)
-    return shlex.quote(f'{key}="{escaped}"')
+    return shlex.quote(f"{key}={quoted(value)}")
 
 
 if __name__ == "__main__":
